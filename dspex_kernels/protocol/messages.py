@@ -1,0 +1,174 @@
+"""The three messages: ``dspex_request``, ``dspex_reply``, ``dspex_event``, as content of Jupyter messages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dspex_kernels import errors
+from dspex_kernels.protocol import PROTOCOL_VERSION, limits
+from dspex_kernels.protocol.names import RequestId, SessionId
+
+REQUEST = "dspex_request"
+REPLY = "dspex_reply"
+EVENT = "dspex_event"
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Request(Message):
+    """``dspex_request``: one command asked of one session. On shell, or on control for control commands."""
+
+    protocol_version: str = PROTOCOL_VERSION
+    session_id: SessionId | None = Field(
+        None, description="Whose command; null is a dedicated kernel's own session."
+    )
+    request_id: RequestId | None = Field(
+        None, description="The caller's name for the call, for `cancel`; null is the message id."
+    )
+    command: str = Field(max_length=128)
+    args: dict[str, Any] = Field(default_factory=dict)
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = Field(
+        None, description="Seconds until the answer `timeout`; null is the command's default."
+    )
+    stream: bool = Field(False, description="Report tokens and status as events on the way.")
+
+
+class ErrorContent(BaseModel):
+    code: str
+    message: str
+    retryable: bool = False
+    details: dict[str, Any] = Field(default_factory=dict)
+    retry_after: float | None = None
+
+
+class Answered(Message):
+    """What every reply tells: whose call it answers, and which kernel answered."""
+
+    session_id: str | None
+    request_id: str | None
+    kernel_id: str
+    generation: int = Field(ge=1, description="How often the session has been given a kernel; 1 is the first.")
+
+
+class OkReply(Answered):
+    """``dspex_reply`` of a command that did what was asked."""
+
+    status: Literal["ok"] = "ok"
+    result: dict[str, Any]
+
+
+class FailedReply(Answered):
+    """``dspex_reply`` of a command that failed, or (``aborted``) was ended on request."""
+
+    status: Literal["error", "aborted"]
+    ename: str
+    evalue: str
+    traceback: list[str] = Field(default_factory=list)
+    error: ErrorContent
+
+
+class Event(BaseModel):
+    """``dspex_event`` on iopub, parent header of its request. May be dropped without loss."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    event: Literal["token", "status", "progress", "heartbeat"]
+    request_id: str
+    session_id: str
+    sequence: int = Field(ge=0, description="Counts from 0 within the request, without gaps as sent.")
+
+
+def parse_request(content: Any, *, default_request_id: str | None = None) -> Request:
+    """The request in a message's content.
+
+    Args:
+        content: What the message carried; anything may come.
+        default_request_id: Used where the caller gave none: the message id.
+
+    Raises:
+        TooLarge: Over ``MAX_REQUEST_BYTES`` or ``MAX_DEPTH``.
+        ProtocolMismatch: Another major version than ours.
+        InvalidMessage: Not a request; the message names the field.
+    """
+    if not isinstance(content, dict):
+        raise errors.InvalidMessage(
+            f"a {REQUEST} carries a JSON object, not {type(content).__name__}: "
+            'send {"command": …, "args": {…}}'
+        )
+    check_version(content.get("protocol_version", PROTOCOL_VERSION))
+    check_size(content, limits.MAX_REQUEST_BYTES, what="request")
+    try:
+        request = Request.model_validate(content)
+    except ValidationError as failure:
+        raise errors.InvalidMessage(f"not a {REQUEST}: {first_problem(failure)}") from failure
+    if request.request_id is None and default_request_id:
+        request = request.model_copy(update={"request_id": default_request_id[:128]})
+    return request
+
+
+def check_version(version: Any) -> None:
+    """Refuse another major version.
+
+    Raises:
+        ProtocolMismatch: ``version`` is not ours to speak.
+    """
+    ours = PROTOCOL_VERSION.split(".", 1)[0]
+    if not isinstance(version, str) or version.split(".", 1)[0] != ours:
+        raise errors.ProtocolMismatch(
+            f"protocol version {version!r} is not spoken here: this side speaks {PROTOCOL_VERSION}; "
+            "use the same major version of dspex-kernels on both sides",
+            details={"theirs": str(version)[:32], "ours": PROTOCOL_VERSION},
+        )
+
+
+def check_size(value: Any, limit: int, *, what: str) -> int:
+    """The size of ``value`` as JSON, in bytes.
+
+    Raises:
+        TooLarge: Over ``limit`` bytes, or nested deeper than ``MAX_DEPTH``.
+        InvalidMessage: Not JSON at all.
+    """
+    depth = _depth(value, limits.MAX_DEPTH)
+    if depth > limits.MAX_DEPTH:
+        raise errors.TooLarge(
+            f"the {what} nests deeper than {limits.MAX_DEPTH} levels: flatten it",
+            details={"limit": limits.MAX_DEPTH, "what": what},
+        )
+    try:
+        size = len(orjson.dumps(value))
+    except (TypeError, orjson.JSONEncodeError) as failure:
+        raise errors.InvalidMessage(f"the {what} is not JSON: {failure}") from failure
+    if size > limit:
+        raise errors.TooLarge(
+            f"the {what} has {size:,} bytes, the limit is {limit:,}: send less, or a reference to it",
+            details={"size": size, "limit": limit, "what": what},
+        )
+    return size
+
+
+def _depth(value: Any, limit: int) -> int:
+    """How deep ``value`` nests, counted no further than ``limit`` + 1; iterative, for hostile input."""
+    level, deepest = [value], 0
+    while level and deepest <= limit:
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, (list, tuple)):
+                below.extend(item)
+        containers = any(isinstance(item, (dict, list, tuple)) for item in level)
+        deepest += containers
+        level = below if containers else []
+    return deepest
+
+
+def first_problem(failure: ValidationError) -> str:
+    """The first finding of a validation in one line: the field, and what is wrong with it."""
+    problem = failure.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "the content"
+    return f"{where}: {problem['msg']}"
