@@ -47,7 +47,7 @@ class LMPolicy(Configurable):
     ).tag(config=True)
     allowed_keys = List(
         Tuple(Unicode(), Unicode()),
-        help="Pairs of (environment variable, host) that may be used together; the host \"\" is the provider's own.",
+        help='Pairs of (environment variable, host) that may be used together; the host "" is the provider\'s own.',
     ).tag(config=True)
 
     def check(self, *, model: str, api_base: str | None, api_key_env: str | None, has_key: bool) -> None:

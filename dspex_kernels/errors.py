@@ -440,9 +440,7 @@ def from_dict(data: dict[str, Any]) -> DSPexError:
     cls = by_code().get(code)
     # DSPy's LMTimeoutError shares our code "timeout"; its details say that a provider was asked.
     if cls is None or cls is ProviderFailure or "dspy_error" in details:
-        return ProviderFailure(
-            message, code=code, retryable=retryable, details=details, retry_after=retry_after
-        )
+        return ProviderFailure(message, code=code, retryable=retryable, details=details, retry_after=retry_after)
     if cls is ProgramFailed:
         return ProgramFailed(
             message,

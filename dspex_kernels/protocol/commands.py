@@ -60,9 +60,7 @@ class CreateProgramArgs(Args):
             Annotated[str, Tag("text")] | Annotated[SignatureSpec, Tag("object")], Discriminator(_text_or_object)
         ]
         | None
-    ) = Field(
-        None, description='"question -> answer", or fields as data; null where the module brings its own.'
-    )
+    ) = Field(None, description='"question -> answer", or fields as data; null where the module brings its own.')
     module: str = Field("Predict", max_length=128)
     module_args: dict[str, Any] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)

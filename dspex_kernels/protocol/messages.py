@@ -97,8 +97,7 @@ def parse_request(content: Any, *, default_request_id: str | None = None) -> Req
     """
     if not isinstance(content, dict):
         raise errors.InvalidMessage(
-            f"a {REQUEST} carries a JSON object, not {type(content).__name__}: "
-            'send {"command": …, "args": {…}}'
+            f'a {REQUEST} carries a JSON object, not {type(content).__name__}: send {{"command": …, "args": {{…}}}}'
         )
     check_version(content.get("protocol_version", PROTOCOL_VERSION))
     check_size(content, limits.MAX_REQUEST_BYTES, what="request")
