@@ -104,7 +104,9 @@ def parse_request(content: Any, *, default_request_id: str | None = None) -> Req
     try:
         request = Request.model_validate(content)
     except ValidationError as failure:
-        raise errors.InvalidMessage(f"not a {REQUEST}: {first_problem(failure)}") from failure
+        raise errors.InvalidMessage(
+            f"not a {REQUEST}: {first_problem(failure)}"
+        ) from None  # the cause would carry the rejected values, a misplaced key among them
     if request.request_id is None and default_request_id:
         request = request.model_copy(update={"request_id": default_request_id[:128]})
     return request

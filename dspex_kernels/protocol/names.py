@@ -24,4 +24,4 @@ def new_session_id() -> str:
 
 def is_session_id(value: str) -> bool:
     """Whether ``value`` may be a session's id; such an id is safe as a directory name."""
-    return re.match(SESSION_ID_PATTERN, value) is not None
+    return re.fullmatch(SESSION_ID_PATTERN, value) is not None

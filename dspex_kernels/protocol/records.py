@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from dspex_kernels.protocol import limits
 from dspex_kernels.protocol.names import ProgramId
 
 RECORD_VERSION = 1
@@ -215,6 +216,7 @@ class SessionContents(BaseModel):
                 versions = self.programs.setdefault(record.program_id, [])
                 versions[:] = [v for v in versions if v.version != record.version] + [record]
                 versions.sort(key=lambda v: v.version)
+                del versions[: -limits.MAX_VERSIONS_KEPT]
             case ProgramDeleted(program_id=program_id):
                 self.programs.pop(program_id, None)
             case SettingsChanged(settings=settings):

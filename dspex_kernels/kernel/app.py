@@ -1,0 +1,143 @@
+"""The kernel application: opens the session, puts our parts into DSPy, and wires the kernel together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import dspy
+from dspy.dsp.utils.settings import main_thread_config
+from ipykernel.kernelapp import IPKernelApp
+from jupyter_core.paths import jupyter_data_dir
+
+from dspex_kernels import config, errors
+from dspex_kernels.kernel import cache, display, gate, history, magics
+from dspex_kernels.kernel.calls import SETTING
+from dspex_kernels.kernel.dispatch import MAX_THREADS, CommandThread, Dispatcher, Identity
+from dspex_kernels.kernel.journal import Journal
+from dspex_kernels.kernel.kernel import DSPexKernel
+from dspex_kernels.kernel.namespaces import Namespace
+from dspex_kernels.kernel.tools import Toolbox
+from dspex_kernels.protocol.names import is_session_id
+from dspex_kernels.protocol.records import SessionContents
+
+MAX_AGE_DAYS = 30
+"""Days after which the directory of a notebook's kernel that ended without a shutdown is removed."""
+
+
+class DSPexKernelApp(IPKernelApp):
+    """``python -m dspex_kernels.kernel -f CONNECTION_FILE``: stock options and behaviour, and commands.
+
+    Whose kernel it is stands in the environment (``dspex_kernels.config``). Without it (picked in a notebook) the
+    session's id is made from the connection file's path, which a restart keeps, so that programs come back.
+    """
+
+    name = "dspex-kernel"
+    kernel_class = DSPexKernel
+
+    def init_kernel(self) -> None:
+        """Called once the sockets are bound: build the dispatcher, then the kernel around it."""
+        self.programs = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="dspex-program")
+        self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
+        thread = CommandThread()
+        self.policy = config.LMPolicy.from_json(os.environ.get(config.ENV_LM_POLICY) or "{}")
+        self.dispatcher = Dispatcher(
+            self._identity(), open_namespace=self._open_namespace, thread=thread, programs=self.programs
+        )
+        gate.install(thread.loop)
+        history.install()
+        cache.install()
+        # The first thread that configures owns DSPy's settings: it must be the one where cells run.
+        dspy.configure()
+        super().init_kernel()
+        signal.signal(signal.SIGINT, self.kernel.on_sigint)
+
+    def init_shell(self) -> None:
+        """Called after the kernel: give notebook cells ``dspy``, the magics and the displays."""
+        super().init_shell()
+        assert self.shell is not None
+        self.shell.push({"dspy": dspy}, interactive=False)
+        self.shell.set_custom_exc((errors.CallStopped,), _show_stopped)
+        display.register(self.shell)
+        if self.dispatcher.identity.session_id is None:
+            return
+        namespace = self.dispatcher.namespace(None)
+        main_thread_config[SETTING] = namespace.cells
+        namespace.restore_lm()
+        magics.load(self.shell, self.kernel.asker)
+
+    def forget_session(self) -> None:
+        """Called when the kernel is shut down for good: a session that no service owns ends with it."""
+        if config.ENV_SESSION_DIR not in os.environ and self.dispatcher.identity.session_id is not None:
+            shutil.rmtree(self._directory(self.dispatcher.identity.session_id), ignore_errors=True)
+
+    def _identity(self) -> Identity:
+        path = Path(self.abs_connection_file)
+        kernel_id = os.environ.get(config.ENV_KERNEL_ID) or path.stem.removeprefix("kernel-")
+        generation = int(os.environ.get(config.ENV_GENERATION) or 1)
+        if os.environ.get(config.ENV_BACKEND) == "pooled":
+            return Identity(kernel_id, None, generation)
+        session_id = os.environ.get(config.ENV_SESSION_ID)
+        if session_id is None:
+            session_id = f"session_{sha256(str(path).encode()).hexdigest()[:16]}"
+        elif not is_session_id(session_id):
+            raise errors.InvalidSession(f"{config.ENV_SESSION_ID}={session_id!r} cannot be a session's id")
+        return Identity(kernel_id, session_id, generation)
+
+    def _open_namespace(self, session_id: str) -> Namespace:
+        if self.dispatcher.identity.session_id is None:
+            return Namespace(
+                session_id,
+                toolbox=Toolbox(self.programs),
+                policy=self.policy,
+                executor=self.journals,
+                shares_process=True,
+            )
+        journal, contents = self._open_journal(session_id)
+        return Namespace(
+            session_id,
+            toolbox=Toolbox(self.programs),
+            policy=self.policy,
+            executor=self.journals,
+            journal=journal,
+            contents=contents,
+        )
+
+    def _open_journal(self, session_id: str) -> tuple[Journal | None, SessionContents]:
+        directory = self._directory(session_id)
+        if config.ENV_SESSION_DIR in os.environ:
+            return Journal.open(directory)
+        try:
+            opened = Journal.open(directory)
+            _sweep(directory.parent)
+        except (errors.StoreError, OSError) as refusal:
+            # A notebook without a writable home is still worth a kernel; a service's session is not.
+            self.log.warning("programs of this kernel will not survive its restart: %s", refusal)
+            return None, SessionContents()
+        return opened
+
+    @staticmethod
+    def _directory(session_id: str) -> Path:
+        given = os.environ.get(config.ENV_SESSION_DIR)
+        return Path(given) if given else Path(jupyter_data_dir()) / "dspex" / "kernels" / session_id
+
+
+def _show_stopped(
+    shell: object, _etype: type, value: errors.CallStopped, _tb: object, tb_offset: object = None
+) -> None:
+    """Show what stopped a cell's LM request as the error it is."""
+    error = value.error
+    shell._showtraceback(type(error), error, [f"{error.code}: {error.message}"])  # type: ignore[attr-defined]  # IPython's own hook
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what notebook kernels that were killed left long ago."""
+    oldest = time.time() - MAX_AGE_DAYS * 86400
+    for session in directory.iterdir():
+        if session.stat().st_mtime < oldest:
+            shutil.rmtree(session, ignore_errors=True)

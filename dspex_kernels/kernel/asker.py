@@ -1,0 +1,113 @@
+"""Commands asked from a notebook cell: the magics' way to the dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from dspex_kernels import errors
+from dspex_kernels.kernel.calls import Call
+from dspex_kernels.kernel.dispatch import Ask, Dispatcher
+from dspex_kernels.kernel.handlers import programs
+
+
+class NotebookAsker:
+    """Asks commands of the notebook's own session and waits, as a cell does.
+
+    Args:
+        dispatcher: Of this kernel.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._waiting: Call | None = None
+
+    @property
+    def session_id(self) -> str:
+        """The notebook's session.
+
+        Raises:
+            InvalidMessage: The kernel is pooled: it has no session of its own.
+        """
+        return self._namespace().session_id
+
+    def ask(
+        self,
+        command: str,
+        args: dict[str, Any],
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Run a command and wait for its result.
+
+        Args:
+            command: A name of the command table.
+            args: Its arguments.
+            timeout_s: Seconds; None is the command's default.
+            on_event: Takes events, in another thread.
+
+        Raises:
+            DSPexError: What the command was answered with.
+            KeyboardInterrupt: The cell was interrupted; the command was stopped.
+        """
+        answered = threading.Event()
+        answers: list[dict[str, Any]] = []
+
+        def reply(answer: dict[str, Any]) -> None:
+            answers.append(answer)
+            answered.set()
+
+        content = {"command": command, "args": args, "timeout_s": timeout_s, "stream": on_event is not None}
+        ask = Ask(content, message_id=uuid4().hex, reply=reply, emit=on_event, context=contextvars.copy_context())
+        self._waiting = self._dispatcher.submit(ask)
+        try:
+            answered.wait()
+        finally:
+            self._waiting = None
+        return self._result(answers[0])
+
+    def interrupt(self) -> bool:
+        """Stop the command that a cell waits for; False when none does. From the signal handler."""
+        call = self._waiting
+        if call is None:
+            return False
+        reason = errors.CommandInterrupted(f"{call.command} was interrupted")
+        # Not here: the interrupted code may hold the call's lock.
+        self._dispatcher.loop.call_soon_threadsafe(call.stop, reason)
+        return True
+
+    def add_module(self, program_id: str, module: Any) -> dict[str, Any]:
+        """Make a module of the notebook a program of its session.
+
+        Returns:
+            ``status``, ``program_id``, ``version``, ``signature``.
+        """
+        call = Call(self._namespace(), command="create_program")
+        work = programs.add_module(call, program_id, module)
+        return asyncio.run_coroutine_threadsafe(work, self._dispatcher.loop).result(30).model_dump()
+
+    def add_tool(self, function: Callable[..., Any], name: str | None = None) -> str:
+        """Make a function of the notebook a tool of its session; returns its name."""
+        return str(self._namespace().toolbox.add(function, name=name))
+
+    def program_ids(self) -> list[str]:
+        """The session's programs, for completion."""
+        return sorted(self._namespace().contents.programs)
+
+    def _namespace(self) -> Any:
+        return self._dispatcher.namespace(None)
+
+    @staticmethod
+    def _result(answer: dict[str, Any]) -> dict[str, Any]:
+        if answer["status"] == "ok":
+            result: dict[str, Any] = answer["result"]
+            return result
+        error = errors.from_dict({**answer, **answer["error"]})
+        if isinstance(error, errors.CommandInterrupted):
+            raise KeyboardInterrupt
+        raise error

@@ -1,0 +1,36 @@
+"""The answer cache of a kernel: in memory, bounded, counted per session.
+
+Which session's answer an entry is stands in its key (``gate.cache_salt``). There is no disk cache: DSPy's keeps
+pickles, holds 48 descriptors open in each kernel, and is shared by every process of the user.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+from dspy.clients.cache import Cache
+
+from dspex_kernels.kernel.gate import current_call
+
+MAX_ENTRIES = 10_000
+"""Answers kept in one kernel, of all its sessions."""
+
+
+class SessionCache(Cache):
+    """DSPy's cache, which also counts a session's hits."""
+
+    def get(self, request: dict[str, Any], ignored_args_for_cache_key: list[str] | None = None) -> Any:
+        answer = super().get(request, ignored_args_for_cache_key)
+        call = current_call()
+        if answer is not None and call is not None:
+            call.namespace.ledger.record_cache_hit()
+            call.ledger.record_cache_hit()
+        return answer
+
+
+def install() -> None:
+    """Make it the process's cache. Called once, at the kernel's start."""
+    dspy.cache = SessionCache(
+        enable_disk_cache=False, enable_memory_cache=True, disk_cache_dir=None, memory_max_entries=MAX_ENTRIES
+    )

@@ -1,0 +1,373 @@
+"""Commands are taken in, run side by side on a loop of their own, and answered exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from dspex_kernels import errors
+from dspex_kernels.kernel import handlers
+from dspex_kernels.kernel.calls import Call
+from dspex_kernels.kernel.failures import explain, scrub
+from dspex_kernels.kernel.namespaces import Namespace
+from dspex_kernels.protocol import limits
+from dspex_kernels.protocol.commands import Command, get_command
+from dspex_kernels.protocol.messages import Request, check_size, parse_request
+
+log = logging.getLogger(__name__)
+
+MAX_THREADS = 64
+"""Threads for programs without an async path, of all sessions of this kernel."""
+HEARTBEAT = 10.0
+"""Seconds of silence after which a running command reports that it lives."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this kernel is, in its replies.
+
+    Attributes:
+        kernel_id: As its service knows it.
+        session_id: Its one session; None in a pooled kernel.
+        generation: How often the session has been given a kernel.
+    """
+
+    kernel_id: str
+    session_id: str | None
+    generation: int = 1
+
+
+class Ask:
+    """One request as it came in: where its reply and events go. The reply goes out once, whatever happens.
+
+    Args:
+        content: The message's content; anything may come.
+        message_id: Names the call where the caller did not.
+        reply: Sends the reply's content; called once, from any thread.
+        emit: Sends an event's content; called from any thread. None drops them.
+        context: The variables that the command runs with (its output's parent); None is a copy of the caller's.
+        began: Told that the command runs, before its handler does. Control commands do not tell.
+        ended: Told after the reply of what ``began``.
+    """
+
+    def __init__(
+        self,
+        content: Any,
+        *,
+        message_id: str,
+        reply: Callable[[dict[str, Any]], None],
+        emit: Callable[[dict[str, Any]], None] | None = None,
+        context: contextvars.Context | None = None,
+        began: Callable[[], None] | None = None,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
+        self.content = content
+        self.message_id = message_id
+        self.emit = emit
+        self.context = context or contextvars.copy_context()
+        self._began, self._ended = began, ended
+        self._reply = reply
+        self._lock = threading.Lock()
+        self._answered = False
+
+    def began(self) -> None:
+        if self._began is not None:
+            self._began()
+
+    def ended(self) -> None:
+        if self._ended is not None:
+            self._ended()
+
+    def answer(self, content: dict[str, Any]) -> None:
+        with self._lock:
+            if self._answered:
+                return
+            self._answered = True
+        self._reply(content)
+
+
+class CommandThread(threading.Thread):
+    """The thread whose asyncio loop runs commands, so that a blocking cell holds up none of them."""
+
+    # debugpy suspends every thread that is not marked: a breakpoint in a cell would stop the commands.
+    pydev_do_not_trace = True
+    is_pydev_daemon_thread = True
+
+    def __init__(self) -> None:
+        super().__init__(name="dspex-commands", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        # DSPy hops through the default executor several times a call: user code never runs in it.
+        self.loop.set_default_executor(ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="dspex-dspy"))
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.close()
+
+    def stop(self, timeout: float) -> None:
+        """End the loop and wait, at most ``timeout`` seconds."""
+        if self.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.join(timeout)
+
+
+class Dispatcher:
+    """Runs commands of this kernel's sessions.
+
+    Args:
+        identity: Who we are, in replies.
+        open_namespace: Makes the namespace of a session that is not there; called on the command loop's thread
+            or under the dispatcher's lock, so it must be quick.
+        thread: Where commands run; started by ``start``.
+        programs: The executor for programs without an async path.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        open_namespace: Callable[[str], Namespace],
+        thread: CommandThread,
+        programs: ThreadPoolExecutor,
+    ) -> None:
+        self.identity = identity
+        self.thread = thread
+        self.loop = thread.loop
+        self.programs = programs
+        self.started_at = time.monotonic()
+        self._open_namespace = open_namespace
+        # Guards the three below; submit comes from the shell, control and main threads.
+        self._lock = threading.Lock()
+        self._closed = False
+        self._namespaces: dict[str, Namespace] = {}
+        self._running: dict[tuple[str, str], Call] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heartbeat: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to take commands."""
+        self.thread.start()
+        self.loop.call_soon_threadsafe(self._beat)
+
+    def submit(self, ask: Ask) -> Call | None:
+        """Take a request in. It is answered through ``ask``, now or later; this never raises.
+
+        Returns:
+            The running call; None where it is answered already.
+        """
+        namespace: Namespace | None = None
+        request: Request | None = None
+        try:
+            request = parse_request(ask.content, default_request_id=ask.message_id)
+            command = get_command(request.command)
+            args = command.parse(request.args)
+            namespace = self.namespace(request.session_id)
+            if command.control:
+                self._answer(ask, request, namespace, handlers.CONTROL[command.name](self, namespace, args))
+                return None
+            call = self._admit(ask, request, command, namespace, args)
+        except errors.DSPexError as refusal:
+            self._refuse(ask, request, namespace, refusal)
+            return None
+        except Exception as failure:  # the edge: whatever happens, the caller gets an answer
+            log.exception("a request was not taken in")
+            self._refuse(ask, request, namespace, errors.DSPexError(f"the kernel failed: {failure!r}"))
+            return None
+        namespace.touch()
+        self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
+        return call
+
+    def namespace(self, session_id: str | None) -> Namespace:
+        """The namespace of a session, made when it is not there.
+
+        Raises:
+            SessionMismatch: A dedicated kernel was asked for another session than its own.
+            InvalidMessage: A pooled kernel was not told which session.
+        """
+        own = self.identity.session_id
+        if own is not None and session_id not in (None, own):
+            raise errors.SessionMismatch(
+                f"this kernel serves session {own!r}, not {session_id!r}: ask the kernel of that session",
+                details={"session_id": session_id, "kernel_session_id": own},
+            )
+        wanted = own or session_id
+        if wanted is None:
+            raise errors.InvalidMessage("session_id is missing: a pooled kernel serves many sessions, name yours")
+        with self._lock:
+            namespace = self._namespaces.get(wanted)
+            if namespace is None:
+                namespace = self._namespaces[wanted] = self._open_namespace(wanted)
+            return namespace
+
+    def cancel(self, namespace: Namespace, request_id: str, reason: errors.DSPexError) -> bool:
+        """Stop a running call; False when there is none of that id. Thread-safe."""
+        with self._lock:
+            call = self._running.get((namespace.session_id, request_id))
+        if call is None:
+            return False
+        call.stop(reason)
+        return True
+
+    def interrupt(self) -> int:
+        """Stop every running command, as Ctrl-C does; returns how many. From the signal handler too."""
+        # No lock: a handler may interrupt the very code that holds it. A copied dict is a consistent one.
+        calls = list(self._running.copy().values())
+        for call in calls:
+            self.loop.call_soon_threadsafe(
+                call.stop, errors.CommandInterrupted(f"{call.command} was interrupted", details={"by": "SIGINT"})
+            )
+        return len(calls)
+
+    def running(self, namespace: Namespace | None = None) -> int:
+        """How many commands run: of one session, or of all."""
+        with self._lock:
+            if namespace is None:
+                return len(self._running)
+            return sum(call.namespace is namespace for call in self._running.values())
+
+    def sessions(self) -> int:
+        """How many sessions have a namespace here."""
+        with self._lock:
+            return len(self._namespaces)
+
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
+        """Run a program without an async path in a thread of its own kind, with the caller's context."""
+        context = contextvars.copy_context()
+        return await self.loop.run_in_executor(self.programs, context.run, work)
+
+    def close(self, reason: errors.DSPexError, timeout: float = 5.0) -> None:
+        """Answer what runs with ``reason``, close every session, end the thread. From any other thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self.thread.is_alive():
+            ended = asyncio.run_coroutine_threadsafe(self._close(reason), self.loop)
+            try:
+                ended.result(timeout)
+            except Exception:
+                log.warning("the sessions did not close in %.1f s", timeout, exc_info=True)
+        self.thread.stop(timeout)
+        self.programs.shutdown(wait=False, cancel_futures=True)
+
+    # Below: on the command loop.
+
+    async def _close(self, reason: errors.DSPexError) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        for call in list(self._running.values()):
+            call.stop(reason)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=2.0)
+        for namespace in list(self._namespaces.values()):
+            await namespace.close()
+
+    def _admit(self, ask: Ask, request: Request, command: Command, namespace: Namespace, args: Any) -> Call:
+        assert request.request_id is not None
+        seconds = request.timeout_s if request.timeout_s is not None else command.timeout_s
+        call = Call(
+            namespace,
+            command=command.name,
+            request_id=request.request_id,
+            deadline=None if seconds is None else time.monotonic() + seconds,
+            budget=getattr(args, "budget", None) if command.reaches_lm else None,
+            emit=ask.emit,
+            stream=request.stream,
+        )
+        key = (namespace.session_id, request.request_id)
+        with self._lock:
+            if self._closed:
+                raise errors.KernelDied("the kernel is shutting down", retryable=command.repeatable)
+            if key in self._running:
+                raise errors.DuplicateRequest(
+                    f"request {request.request_id!r} is running already: give each call an id of its own",
+                    details={"request_id": request.request_id},
+                )
+            if sum(k[0] == key[0] for k in self._running) >= limits.MAX_RUNNING_COMMANDS:
+                raise errors.TooLarge(
+                    f"session {namespace.session_id!r} has {limits.MAX_RUNNING_COMMANDS} commands running, the "
+                    "limit: wait for some of them",
+                    details={"limit": limits.MAX_RUNNING_COMMANDS},
+                )
+            self._running[key] = call
+        return call
+
+    def _launch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
+        task = self.loop.create_task(self._run(ask, request, command, args, call), context=ask.context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        ask.began()
+        timer = None
+        if call.deadline is not None:
+            timer = self.loop.call_at(call.deadline, lambda: call.stop(call.timed_out()))
+        outcome = "ok"
+        try:
+            with call.running_in(task):
+                result = await handlers.HANDLERS[command.name](self, call, args)
+            self._answer(ask, request, call.namespace, result)
+        except BaseException as failure:
+            error = explain(failure, call)
+            outcome = error.status
+            self._refuse(ask, request, call.namespace, error)
+            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+                raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with self._lock:
+                self._running.pop((call.namespace.session_id, call.request_id or ""), None)
+            call.namespace.outcomes[outcome] += 1
+            call.namespace.touch()
+            ask.ended()
+
+    def _answer(self, ask: Ask, request: Request, namespace: Namespace, result: Any) -> None:
+        content = result.model_dump(mode="json")
+        check_size(content, limits.MAX_RESULT_BYTES, what="result")
+        ask.answer({"status": "ok", "result": content, **self._told(request, namespace)})
+
+    def _refuse(
+        self, ask: Ask, request: Request | None, namespace: Namespace | None, error: errors.DSPexError
+    ) -> None:
+        content = {
+            "status": error.status,
+            "ename": getattr(error, "ename", type(error).__name__),
+            "evalue": getattr(error, "evalue", error.message),
+            "traceback": getattr(error, "traceback", []),
+            "error": error.to_dict(),
+            **self._told(request, namespace, ask.message_id),
+        }
+        secrets = namespace.secrets if namespace is not None else ()
+        text = orjson.dumps(content, default=str).decode()
+        ask.answer(orjson.loads(scrub(text, secrets)))
+
+    def _told(
+        self, request: Request | None, namespace: Namespace | None, message_id: str | None = None
+    ) -> dict[str, Any]:
+        return {
+            "session_id": namespace.session_id if namespace is not None else self.identity.session_id,
+            "request_id": request.request_id if request is not None else message_id,
+            "kernel_id": self.identity.kernel_id,
+            "generation": self.identity.generation,
+        }
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        for call in list(self._running.values()):
+            if now - call.last_event_at >= HEARTBEAT:
+                call.emit("heartbeat")
+        self._heartbeat = self.loop.call_later(HEARTBEAT / 4, self._beat)

@@ -1,0 +1,104 @@
+"""Exceptions become errors with a code: what a person or program can act on, without secrets."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+import dspy
+import orjson
+
+from dspex_kernels import errors
+from dspex_kernels.kernel.calls import Call
+from dspex_kernels.protocol.limits import MAX_TRACEBACK_LINES
+
+REMEDIES = {
+    "adapter_parse_error": "try adapter json, or a model that follows formats",
+    "auth": "the provider refused the key: configure api_key or api_key_env",
+    "billing": "the provider account has no credit or quota left",
+    "context_window_exceeded": "shorten the inputs or choose a model with a longer context",
+    "invalid_request": "the provider refused the request: check model and parameters",
+    "not_configured": "no key: configure api_key or api_key_env",
+    "provider": "the provider's answer was not understood: check api_base",
+    "rate_limit": "the provider limits the rate: try again later or lower the concurrency",
+    "server": "the provider failed: try again later",
+    "timeout": "the provider did not answer in time: try again or raise timeout_s",
+    "transport": "the provider could not be reached: check api_base and the network",
+    "unsupported_model": "the provider does not know the model: check its name",
+}
+"""By DSPy's error code."""
+
+MAX_MESSAGE = 2000
+"""Characters of a provider's or program's message that are passed on."""
+
+
+MIN_SECRET = 6
+"""Characters of the shortest key that is looked for in texts: a shorter one is no secret, and a common word."""
+
+
+def explain(failure: BaseException, call: Call) -> errors.DSPexError:
+    """The error that a call's exception is answered with."""
+    match failure:
+        case errors.CallStopped(error=error):
+            return error
+        case errors.DSPexError():
+            return failure
+        case asyncio.CancelledError():
+            return call.stopped or errors.CommandCancelled(f"{call.command} was cancelled")
+        case dspy.DSPyError():
+            return _provider_failure(failure)
+        case ImportError():
+            return errors.DependencyMissing(
+                f"{failure}: install it where the kernel runs", details={"name": failure.name or ""}
+            )
+    return _program_failed(failure)
+
+
+def _provider_failure(failure: dspy.DSPyError) -> errors.ProviderFailure:
+    code = failure.code or "provider"
+    text = _cut(failure.message or str(failure))
+    remedy = REMEDIES.get(code)
+    known = ("model", "provider", "provider_code", "status", "request_id")
+    details = {name: value for name in known if (value := getattr(failure, name, None)) is not None}
+    return errors.ProviderFailure(
+        f"{details.get('model') or 'the language model'}: {text}" + (f" ({remedy})" if remedy else ""),
+        code=code,
+        retryable=dspy.is_retryable_lm_error(failure),
+        details={**details, "dspy_error": type(failure).__name__},
+        retry_after=failure.retry_after,
+    )
+
+
+def _program_failed(failure: BaseException) -> errors.ProgramFailed:
+    return errors.ProgramFailed(
+        f"the program failed: {type(failure).__name__}: {_cut(str(failure))}",
+        ename=type(failure).__name__,
+        evalue=_cut(str(failure)),
+        traceback=_frames(failure),
+    )
+
+
+def _frames(failure: BaseException) -> list[str]:
+    """The traceback, without the frames of DSPy and of ours: what the user wrote."""
+    ours = (str(Path(__file__).parent), str(Path(dspy.__file__).parent))
+    frames = traceback.extract_tb(failure.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(ours)] or frames[-1:]
+    lines = [line.rstrip("\n") for line in traceback.format_list(own)]
+    if len(lines) > MAX_TRACEBACK_LINES:
+        half = MAX_TRACEBACK_LINES // 2
+        lines = [*lines[:half], f"  … {len(lines) - 2 * half} more frames …", *lines[-half:]]
+    return ["Traceback (most recent call last):", *lines, f"{type(failure).__name__}: {_cut(str(failure))}"]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}… ({len(text):,} characters)"
+
+
+def scrub(text: str, secrets: Iterable[str]) -> str:
+    """JSON ``text`` without the secrets: a provider may echo the key it refused."""
+    for secret in secrets:
+        if len(secret) >= MIN_SECRET:
+            text = text.replace(orjson.dumps(secret).decode()[1:-1], "«secret»")
+    return text

@@ -1,0 +1,250 @@
+"""The kernel class: a full IPython kernel that also answers commands of DSPy sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, ClassVar
+
+from ipykernel.ipkernel import IPythonKernel
+
+from dspex_kernels import __version__, errors
+from dspex_kernels.kernel.asker import NotebookAsker
+from dspex_kernels.kernel.dispatch import Ask, Dispatcher
+from dspex_kernels.kernel.status import StatusBoard
+from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION
+from dspex_kernels.protocol.commands import COMMANDS
+from dspex_kernels.protocol.messages import EVENT, REPLY, REQUEST
+
+
+class DSPexKernel(IPythonKernel):
+    """Answers ``dspex_request`` on shell and control beside everything that a Python kernel answers.
+
+    Commands are taken off the shell channel in the channel's own thread, before they would queue behind a cell
+    in the main thread, and run on the dispatcher's thread.
+    """
+
+    msg_types: ClassVar[list[str]] = [*IPythonKernel.msg_types, REQUEST]
+    control_msg_types: ClassVar[list[str]] = [*IPythonKernel.control_msg_types, REQUEST]
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Before super: it publishes states while it starts.
+        self._status = StatusBoard(self._send_status)
+        self._cell: Callable[[], None] | None = None
+        self.dispatcher: Dispatcher = kwargs["parent"].dispatcher
+        self.asker = NotebookAsker(self.dispatcher)
+        super().__init__(**kwargs)
+
+    # What a client sees of us
+
+    @property
+    def kernel_info(self) -> dict[str, Any]:
+        """Stock information, and that we speak DSPex: with which session, in which version."""
+        info: dict[str, Any] = super().kernel_info
+        identity = self.dispatcher.identity
+        info["supported_features"] = [*info["supported_features"], FEATURE]
+        info[FEATURE] = {
+            "protocol_version": PROTOCOL_VERSION,
+            "session_id": identity.session_id,
+            "backend": "dedicated" if identity.session_id else "pooled",
+            "kernel_id": identity.kernel_id,
+            "generation": identity.generation,
+            "version": __version__,
+        }
+        return info
+
+    # Commands
+
+    async def shell_channel_thread_main(self, msg: list[Any]) -> None:
+        """Take commands off the shell channel; all else goes on as stock."""
+        if self.session is None or not self._took_command(msg, self.shell_stream):
+            await super().shell_channel_thread_main(msg)
+
+    async def process_control(self, msg: list[Any]) -> None:
+        """Take commands off the control channel: they publish no status. All else goes on as stock."""
+        if self.session is None or not self._took_command(msg, self.control_stream):
+            await super().process_control(msg)
+
+    async def dspex_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
+        """The handler where no thread reads the shell channel (and for the list of message types)."""
+        self._submit(stream, ident, parent, parent.get("content"))
+
+    def _took_command(self, msg: list[Any], stream: Any) -> bool:
+        ident, frames = self.session.feed_identities(msg, copy=False)
+        try:
+            message = self.session.deserialize(frames, content=False, copy=False)
+        except Exception:  # noqa: BLE001  # whatever a hostile peer sends; stock logs what it refuses
+            # Not even a header, or a wrong signature: there is nobody to answer.
+            return False
+        if message["header"].get("msg_type") != REQUEST:
+            return False
+        try:
+            message = self.session.deserialize(frames, content=True, copy=False)
+            content = message["content"]
+        except Exception as failure:  # noqa: BLE001  # answered below as a message that cannot be read
+            self.log.warning("a %s whose content cannot be read: %s", REQUEST, failure)
+            content = None
+        self._submit(stream, ident, message, content)
+        return True
+
+    def _submit(self, stream: Any, ident: Any, parent: dict[str, Any], content: Any) -> None:
+        def reply(answer: dict[str, Any]) -> None:
+            # A stream is its own thread's: sending from another corrupts it.
+            stream.io_loop.add_callback(self.session.send, stream, REPLY, answer, parent, ident=ident)
+
+        quiet = isinstance(content, dict) and _is_control(content.get("command"))
+        self.dispatcher.submit(
+            Ask(
+                content,
+                message_id=str(parent["header"].get("msg_id", "")),
+                reply=reply,
+                emit=lambda event: self._send_event(event, parent),
+                context=self._output_context(ident, parent),
+                began=None if quiet else lambda: self._status.busy(parent),
+                ended=None if quiet else lambda: self._finished(parent),
+            )
+        )
+
+    def _finished(self, parent: dict[str, Any]) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        self._status.idle(parent)
+
+    def _output_context(self, ident: Any, parent: dict[str, Any]) -> contextvars.Context:
+        """The variables by which what a command prints finds its way to who asked."""
+        context = contextvars.Context()
+
+        def enter() -> None:
+            self._shell_parent.set(parent)
+            self._shell_parent_ident.set(ident)
+            for stream in (sys.stdout, sys.stderr):
+                if hasattr(stream, "set_thread_parent"):
+                    stream.set_thread_parent(parent)
+
+        context.run(enter)
+        return context
+
+    def _send_event(self, event: dict[str, Any], parent: dict[str, Any]) -> None:
+        self.session.send(self.iopub_socket, EVENT, event, parent=parent, ident=self._topic(EVENT))
+
+    # Status
+
+    def _publish_status(self, status: str, channel: str, parent: dict[str, Any] | None = None) -> None:
+        """Called by ipykernel around each message, from the main, subshell and control threads."""
+        if not self.session:
+            return
+        of = parent or self.get_parent(channel)
+        match status:
+            case "busy":
+                self._status.busy(of)
+            case "idle":
+                self._status.idle(of)
+            case _:
+                self._send_status(status, of)
+
+    def _send_status(self, status: str, parent: dict[str, Any]) -> None:
+        self.session.send(
+            self.iopub_socket,
+            "status",
+            {"execution_state": status},
+            parent=parent,
+            ident=self._topic("status"),
+        )
+
+    # Interrupt
+
+    def pre_handler_hook(self) -> None:
+        """Called by ipykernel before each shell message: our handler stays, whatever user code had set."""
+        signal.signal(signal.SIGINT, self.on_sigint)
+
+    def post_handler_hook(self) -> None:
+        """Called by ipykernel after each shell message."""
+        signal.signal(signal.SIGINT, self.on_sigint)
+
+    def on_sigint(self, _signum: int, _frame: FrameType | None) -> None:
+        """End what a person means: the cell that runs, else the commands of the notebook's session.
+
+        Installed once and for all instead of stock's swapping: a SIGINT that finds stock's handler between two
+        messages is a KeyboardInterrupt in the event loop, which ends the kernel with exit code 0.
+        """
+        if self._cell is not None:
+            self._cell()
+        elif self.dispatcher.identity.session_id is not None:
+            self.dispatcher.interrupt()
+
+    async def do_execute(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run a cell, interruptible from its first to its last moment."""
+        if threading.current_thread() is not threading.main_thread():
+            reply: dict[str, Any] = await super().do_execute(*args, **kwargs)
+            return reply
+        try:
+            with self._interrupted_by(self._interrupt_cell):
+                reply = await super().do_execute(*args, **kwargs)
+        except KeyboardInterrupt:
+            # Between two statements of ipykernel's own: the cell is over, its client still needs an answer.
+            return self._interrupted_reply()
+        return reply
+
+    def _interrupt_cell(self) -> None:
+        if not self.asker.interrupt():
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def _interrupted_by(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        outer, self._cell = self._cell, interrupt
+        try:
+            yield
+        finally:
+            self._cell = outer
+
+    @contextmanager
+    def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
+        """Called by ipykernel around an awaiting cell. Stock's does not wake a loop that sleeps in select."""
+        loop = asyncio.get_running_loop()
+
+        def interrupt() -> None:
+            if not self.asker.interrupt():
+                loop.call_soon_threadsafe(future.cancel)
+
+        with self._interrupted_by(interrupt):
+            yield
+
+    def _interrupted_reply(self) -> dict[str, Any]:
+        assert self.shell is not None
+        return {
+            "status": "error",
+            "ename": "KeyboardInterrupt",
+            "evalue": "",
+            "traceback": [],
+            "execution_count": self.shell.execution_count - 1,
+            "user_expressions": {},
+            "payload": [],
+        }
+
+    # Life
+
+    def start(self) -> None:
+        """Called by the application once all sockets are there."""
+        self.dispatcher.start()
+        super().start()
+
+    async def do_shutdown(self, restart: bool) -> dict[str, Any]:
+        """Called on ``shutdown_request``, in the control thread: answer what runs, close what is open."""
+        reason = errors.KernelDied("the kernel is restarting" if restart else "the kernel is shutting down")
+        await asyncio.to_thread(self.dispatcher.close, reason)
+        if not restart and self.parent is not None:
+            self.parent.forget_session()
+        reply: dict[str, Any] = super().do_shutdown(restart)
+        return reply
+
+
+def _is_control(command: Any) -> bool:
+    row = COMMANDS.get(command) if isinstance(command, str) else None
+    return row is not None and row.control

@@ -1,0 +1,175 @@
+"""What a session or a call has spent on language models, and the limits it may not pass."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspex_kernels import errors
+from dspex_kernels.protocol.commands import LMUsage
+from dspex_kernels.protocol.records import Budget, Spent
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one request is expected to use, before it is sent.
+
+    Attributes:
+        tokens: Prompt tokens, and the completion's where its length is limited.
+        usd: Their price; None when the model's price is unknown.
+    """
+
+    tokens: int
+    usd: float | None
+
+
+@dataclass(slots=True)
+class _ModelTotals:
+    lm_calls: int = 0
+    failed_calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    cost: float | None = 0.0
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """Counts requests, tokens and dollars against a budget. Thread-safe.
+
+    A request is reserved before it is sent and settled after: concurrent requests cannot pass the limit on
+    ``lm_calls`` together, and pass one on tokens or dollars by no more than what the running answers exceed
+    their estimates.
+
+    Args:
+        budget: The limits.
+        of: Whose budget, for messages: "session 'x'".
+    """
+
+    def __init__(self, budget: Budget, *, of: str) -> None:
+        self.budget = budget
+        self._of = of
+        self._lock = threading.Lock()
+        self._models: dict[str, _ModelTotals] = {}
+        self._before = Spent()
+        self._reserved = Spent()
+        self.cache_hits = 0
+
+    def carry_over(self, spent: Spent) -> None:
+        """Take over what was spent before this kernel was there: it counts against the budget."""
+        self._before = spent
+
+    def reserve(self, estimate: Estimate) -> Estimate:
+        """Set aside what a request may use.
+
+        Raises:
+            BudgetExceeded: It would pass a limit; nothing is set aside.
+            BudgetUnpriced: There is a limit in dollars and the model's price is unknown.
+        """
+        with self._lock:
+            spent = self._spent()
+            held = self._reserved
+            self._refuse_over("lm_calls", self.budget.lm_calls, spent.lm_calls + held.lm_calls, 1)
+            self._refuse_over("tokens", self.budget.tokens, spent.tokens + held.tokens, estimate.tokens)
+            if self.budget.usd is not None and estimate.usd is None:
+                raise errors.BudgetUnpriced(
+                    f"the budget of {self._of} is in US dollars and the price of this model is unknown: "
+                    "limit tokens or lm_calls instead",
+                    details={"limit": "usd"},
+                )
+            usd = estimate.usd or 0.0
+            self._refuse_over("usd", self.budget.usd, spent.usd + held.usd, usd)
+            self._reserved = Spent(
+                lm_calls=held.lm_calls + 1, tokens=held.tokens + estimate.tokens, usd=held.usd + usd
+            )
+            return estimate
+
+    def release(self, estimate: Estimate) -> None:
+        """Give back a reservation: the request was settled, or never sent."""
+        with self._lock:
+            held = self._reserved
+            self._reserved = Spent(
+                lm_calls=held.lm_calls - 1,
+                tokens=held.tokens - estimate.tokens,
+                usd=max(0.0, held.usd - (estimate.usd or 0.0)),
+            )
+
+    def record(self, model: str, usage: dict[str, Any], cost: float | None, *, failed: bool = False) -> None:
+        """Count one request that was sent.
+
+        Args:
+            model: The model string.
+            usage: ``prompt_tokens``, ``completion_tokens``, ``total_tokens`` as far as reported.
+            cost: USD; None when unknown, which makes the model's total unknown.
+            failed: It ended in an error; what it used is unknown and counted as nothing.
+        """
+        with self._lock:
+            totals = self._models.setdefault(model, _ModelTotals())
+            totals.lm_calls += 1
+            totals.failed_calls += failed
+            prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+            totals.prompt_tokens += prompt
+            totals.completion_tokens += completion
+            totals.total_tokens += _count(usage, "total_tokens") or prompt + completion
+            if not failed:
+                totals.cost = None if totals.cost is None or cost is None else totals.cost + cost
+
+    def record_cache_hit(self) -> None:
+        """Count an answer that came from the cache: no request was sent."""
+        with self._lock:
+            self.cache_hits += 1
+
+    def spent(self) -> Spent:
+        """All that was used, earlier kernels of the session included. Unknown prices count as nothing."""
+        with self._lock:
+            return self._spent()
+
+    def by_model(self) -> dict[str, LMUsage]:
+        """What went to each model in this kernel."""
+        with self._lock:
+            return {
+                model: LMUsage(
+                    lm_calls=t.lm_calls,
+                    failed_calls=t.failed_calls,
+                    prompt_tokens=t.prompt_tokens,
+                    completion_tokens=t.completion_tokens,
+                    total_tokens=t.total_tokens,
+                    cost=t.cost,
+                )
+                for model, t in self._models.items()
+            }
+
+    def cost(self) -> float | None:
+        """USD in this kernel; None once a request of unknown price was answered."""
+        with self._lock:
+            costs = [t.cost for t in self._models.values()]
+        return None if None in costs else sum(c for c in costs if c is not None)
+
+    def lm_calls(self) -> int:
+        """Requests sent in this kernel, failed ones and retries included."""
+        with self._lock:
+            return sum(t.lm_calls for t in self._models.values())
+
+    def _spent(self) -> Spent:
+        totals = self._models.values()
+        return Spent(
+            lm_calls=self._before.lm_calls + sum(t.lm_calls for t in totals),
+            tokens=self._before.tokens + sum(t.total_tokens for t in totals),
+            usd=self._before.usd + sum(t.cost or 0.0 for t in totals),
+        )
+
+    def _refuse_over(self, what: str, limit: float | None, used: float, more: float) -> None:
+        # A limit that is reached exactly is spent: a budget of 0 forbids every request.
+        if limit is None or (used + more <= limit and limit > 0):
+            return
+        raise errors.BudgetExceeded(
+            f"the {what} budget of {self._of} is used up: {used:g} of {limit:g} spent or reserved, the next "
+            f"request needs about {more:g}; raise the budget with configure",
+            details={"limit": what, "budget": limit, "used": used, "needed": more},
+        )
+
+
+def _count(usage: dict[str, Any], key: str) -> int:
+    value = usage.get(key)
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0

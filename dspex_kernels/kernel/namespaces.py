@@ -1,0 +1,328 @@
+"""A namespace: one session's programs, settings, history and counts inside a kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from typing import Any
+
+import dspy
+from dspy.dsp.utils.settings import DEFAULT_CONFIG, main_thread_config
+
+from dspex_kernels import errors
+from dspex_kernels.config import LMPolicy
+from dspex_kernels.kernel import history
+from dspex_kernels.kernel.calls import SETTING, Call
+from dspex_kernels.kernel.journal import Journal
+from dspex_kernels.kernel.ledger import Ledger
+from dspex_kernels.kernel.lms import SessionLM, build_adapter, build_lm
+from dspex_kernels.kernel.programs import LiveProgram
+from dspex_kernels.kernel.tools import Toolbox
+from dspex_kernels.protocol import limits
+from dspex_kernels.protocol.records import (
+    AdapterName,
+    Change,
+    LMProfile,
+    ProgramRecord,
+    SessionContents,
+    SessionSettings,
+    SettingsChanged,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_LIVE = 256
+"""Programs of one session kept built; others are built again from their records when they are used."""
+
+
+class Namespace:
+    """One session inside this kernel.
+
+    Its programs and settings change only through ``commit``, one change after another.
+
+    Args:
+        session_id: Whose.
+        toolbox: Tools, rewards and modules that its programs may name.
+        policy: What its LM profile may name.
+        executor: Runs the journal's writes.
+        journal: Where changes are durable before they are acknowledged; None where the service's store is
+            (a pooled kernel).
+        contents: What the session held before.
+        shares_process: Whether other sessions live in this process: then its settings stay its own; else
+            the process's DSPy settings are the session's, so that notebook cells see the same LM.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        *,
+        toolbox: Toolbox,
+        policy: LMPolicy,
+        executor: Executor,
+        journal: Journal | None = None,
+        contents: SessionContents | None = None,
+        shares_process: bool = False,
+    ) -> None:
+        self.session_id = session_id
+        self.toolbox = toolbox
+        self.contents = contents or SessionContents()
+        self.shares_process = shares_process
+        self.created_at = self.last_activity = datetime.now(UTC)
+        self.history: deque[dict[str, Any]] = deque(maxlen=history.MAX_ENTRIES)
+        self.outcomes: Counter[str] = Counter()
+        self.executions = 0
+        self.ledger = Ledger(self.contents.settings.budget, of=f"session {session_id!r}")
+        self.ledger.carry_over(self.contents.spent)
+        # One writer at a time, in the order the commands came: asyncio.Lock is fair.
+        self.changing = asyncio.Lock()
+        self.cells = Call(self)
+        self._policy = policy
+        self._executor = executor
+        self._journal = journal
+        self._live: OrderedDict[tuple[str, int], LiveProgram] = OrderedDict()
+        self._lm: SessionLM | None = None
+        self._secrets: set[str] = set()
+        self._written_spent = self.contents.spent
+
+    # Programs
+
+    def record(self, program_id: str, version: int | None = None) -> ProgramRecord:
+        """A program's record; ``version`` of None is the latest.
+
+        Raises:
+            ProgramNotFound: There is no such program, or no such version of it.
+        """
+        versions = self.contents.programs.get(program_id)
+        if not versions:
+            known = ", ".join(sorted(self.contents.programs)[:20]) or "none"
+            raise errors.ProgramNotFound(
+                f"no program {program_id!r} in session {self.session_id!r}: there are {known}",
+                details={"program_id": program_id},
+            )
+        if version is None:
+            return versions[-1]
+        for record in versions:
+            if record.version == version:
+                return record
+        raise errors.ProgramNotFound(
+            f"no version {version} of program {program_id!r}: there are {[v.version for v in versions]}",
+            details={"program_id": program_id, "version": version},
+        )
+
+    def next_version(self, program_id: str, *, replace: bool, if_version: int | None) -> int:
+        """The version that a write would make.
+
+        Raises:
+            ProgramExists: It exists and ``replace`` was not asked for.
+            VersionConflict: The latest version is not ``if_version``.
+            ProgramLimitReached: The session holds as many programs as it may.
+        """
+        versions = self.contents.programs.get(program_id)
+        latest = versions[-1].version if versions else 0
+        self.check_version(program_id, latest, if_version)
+        if versions and not replace and if_version is None:
+            raise errors.ProgramExists(
+                f"program {program_id!r} exists in session {self.session_id!r}: give replace=true for a new "
+                "version, or another id",
+                details={"program_id": program_id, "version": latest},
+            )
+        if not versions and len(self.contents.programs) >= limits.MAX_PROGRAMS:
+            raise errors.ProgramLimitReached(
+                f"session {self.session_id!r} holds {limits.MAX_PROGRAMS} programs, the limit: delete one",
+                details={"limit": limits.MAX_PROGRAMS},
+            )
+        return latest + 1
+
+    @staticmethod
+    def check_version(program_id: str, latest: int, if_version: int | None) -> None:
+        """Guard a write.
+
+        Raises:
+            VersionConflict: The latest version is not ``if_version``.
+        """
+        if if_version is not None and if_version != latest:
+            raise errors.VersionConflict(
+                f"program {program_id!r} is at version {latest}, not {if_version}: read it again, then write",
+                details={"program_id": program_id, "version": latest, "if_version": if_version},
+            )
+
+    def live(self, record: ProgramRecord) -> LiveProgram:
+        """The program of a record, built when it is not there."""
+        key = (record.program_id, record.version)
+        program = self._live.get(key)
+        if program is None or program.record is not record:
+            program = LiveProgram.build(record, self.toolbox)
+            self.keep(program)
+        self._live.move_to_end(key)
+        return program
+
+    def keep(self, program: LiveProgram) -> None:
+        """Hold a program that is built already."""
+        self._live[program.record.program_id, program.record.version] = program
+        while len(self._live) > MAX_LIVE:
+            oldest = next((k for k, p in self._live.items() if p.record.portable), None)
+            if oldest is None:  # what a notebook made cannot be built again
+                return
+            del self._live[oldest]
+
+    # Changes
+
+    async def commit(self, change: Change) -> None:
+        """Make a change durable, then visible. Called under ``changing``.
+
+        Raises:
+            StoreError: It could not be written; nothing changed.
+        """
+        if self._journal is not None:
+            loop = asyncio.get_running_loop()
+            # Shielded: a cancel between the write and here would leave memory behind the journal.
+            await asyncio.shield(loop.run_in_executor(self._executor, self._journal.append, change))
+        self.contents.apply(change)
+        for program_id in {key[0] for key in self._live} - set(self.contents.programs):
+            self._forget(program_id)
+        for versions in self.contents.programs.values():
+            del versions[: -limits.MAX_VERSIONS_KEPT]
+
+    def _forget(self, program_id: str) -> None:
+        for key in [key for key in self._live if key[0] == program_id]:
+            del self._live[key]
+
+    async def write_spent(self) -> None:
+        """Write the totals that a budget stands on, if they moved. Called after commands that reach an LM."""
+        spent = self.ledger.spent()
+        if self._journal is None or spent == self._written_spent:
+            return
+        self._written_spent = spent
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, spent)
+
+    # Language model
+
+    @property
+    def lm(self) -> Any:
+        """The session's language model, built when it is first asked for.
+
+        In a kernel of its own a notebook cell may also have set one with ``dspy.configure``.
+
+        Raises:
+            LMNotConfigured: The session has none.
+        """
+        if not self.shares_process and main_thread_config.lm is not None:
+            return main_thread_config.lm
+        profile = self.contents.settings.lm
+        if profile is None:
+            raise errors.LMNotConfigured(
+                f"session {self.session_id!r} has no language model: configure one, "
+                'for instance lm="openai/gpt-5-mini", or lm="offline/echo" to try things out',
+                details={"session_id": self.session_id},
+            )
+        if self._lm is None:
+            self.use_lm(self.prepare_lm(profile), profile)
+        return self._lm
+
+    def prepare_lm(self, profile: LMProfile) -> SessionLM:
+        """The LM of a profile, or the reason why there is none; changes nothing."""
+        return build_lm(profile, session_id=self.session_id, policy=self._policy)
+
+    def restore_lm(self) -> None:
+        """Build the LM that the session had, where its key is still to be had. Called at the kernel's start."""
+        profile = self.contents.settings.lm
+        if profile is None:
+            return
+        try:
+            self.use_lm(self.prepare_lm(profile), profile)
+        except errors.LMFailure as refusal:
+            log.warning("session %s starts without its language model: %s", self.session_id, refusal)
+
+    def touch(self) -> None:
+        """The session was used now."""
+        self.last_activity = datetime.now(UTC)
+
+    def use_lm(self, lm: SessionLM | None, profile: LMProfile | None) -> SessionLM | None:
+        """Make ``lm`` the session's; returns the one it had, to be closed."""
+        previous, self._lm = self._lm, lm
+        if profile is not None and profile.api_key is not None:
+            self._secrets.add(profile.api_key.get_secret_value())
+        if lm is not None and (key := lm.kwargs.get("api_key")):
+            self._secrets.add(key)
+        if not self.shares_process:
+            main_thread_config["lm"] = lm
+        return previous
+
+    async def change_settings(self, settings: SessionSettings, lm: SessionLM | None) -> None:
+        """Make new settings durable and use them. Called under ``changing``."""
+        await self.commit(SettingsChanged(settings=settings))
+        self.ledger.budget = settings.budget
+        if not self.shares_process:
+            adapter = build_adapter(settings.adapter, settings.lm, lm) if settings.adapter else None
+            main_thread_config["adapter"] = adapter
+        if settings.lm is None or lm is not None:
+            await close_lm(self.use_lm(lm, settings.lm))
+
+    @property
+    def secrets(self) -> set[str]:
+        """Keys that must not leave in any text."""
+        return self._secrets
+
+    # Context
+
+    def context(
+        self, call: Call, *, adapter_name: AdapterName | None = None, **more: Any
+    ) -> AbstractContextManager[None]:
+        """DSPy's settings for one call of this session: nothing in them is another's.
+
+        Args:
+            call: What runs; the LM gate finds it in the settings.
+            adapter_name: The program's own adapter; None is the session's.
+            more: Settings for this call (streaming).
+        """
+        lm = self.lm
+        process = main_thread_config
+        base: Mapping[str, Any] = DEFAULT_CONFIG if self.shares_process else process
+        own = {
+            SETTING: call,
+            "lm": lm,
+            "adapter": self._adapter(adapter_name, lm),
+            # The process's own callbacks (MLflow's) see every session; the list is this call's.
+            "callbacks": list(process.callbacks),
+            "trace": [],
+            "track_usage": True,
+            "usage_tracker": None,
+            # Only the session's bounded history: an LM's and a module's own lists are shared objects.
+            "max_history_size": 0,
+            "caller_modules": None,
+            "caller_predict": None,
+            "stream_listeners": [],
+            "send_stream": None,
+            "rm": None if self.shares_process else process.rm,
+            "allow_tool_async_sync_conversion": True,
+        }
+        context: Callable[..., AbstractContextManager[None]] = dspy.context
+        return context(**{**base, **own, **more})
+
+    def _adapter(self, name: AdapterName | None, lm: Any) -> Any:
+        settings = self.contents.settings
+        if name is None and not self.shares_process and main_thread_config.adapter is not None:
+            return main_thread_config.adapter
+        return build_adapter(name or settings.adapter, settings.lm, lm)
+
+    async def close(self) -> None:
+        """Close what the session holds open. Called when it ends or its kernel does."""
+        await close_lm(self.use_lm(None, None))
+        if self._journal is not None:
+            await self.write_spent()
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.close)
+
+
+async def close_lm(lm: SessionLM | None) -> None:
+    """Close an LM's connections; a failure to close is logged, not raised: the LM is out of use already."""
+    if lm is None:
+        return
+    try:
+        await lm.aclose()
+    except Exception:
+        log.warning("the connections of %r did not close", lm, exc_info=True)

@@ -1,0 +1,441 @@
+"""One kernel's channels: any number of calls at once over one lean connection, each reply to its own caller.
+
+Theory of operation. A connection has a DEALER on the kernel's shell channel, one on its control channel, and, once
+somebody wants events, a SUB on iopub. Each socket is read by one task for as long as the connection is open; a
+reply is matched to its caller by the message id in its parent header. ``jupyter_client``'s own client discards
+replies that are not the ones its caller waits for, and two coroutines on one client hang past their timeouts
+(jupyter_client#429); it also brings a ZMQ context and threads of its own for each kernel. Its ``Session`` signs and
+parses here as everywhere.
+
+Not done: a heartbeat. Whoever starts a kernel watches its process, and says so here with ``fail_all``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import zmq
+import zmq.asyncio
+from jupyter_client.session import Session as MessageSession
+
+from dspex_kernels import errors
+from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION, messages
+from dspex_kernels.protocol.commands import Command, get_command
+
+EventListener = Callable[[dict[str, Any]], None]
+"""Takes an event's content; called on the event loop, so it must not block."""
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds for a command whose row names none."""
+REPLY_GRACE = 2.0
+"""Seconds after a call's deadline in which the kernel's own ``timeout`` answer may still arrive."""
+MAX_PENDING = 1000
+"""Calls waiting on one kernel: as many as one session may have running there (``MAX_RUNNING_COMMANDS``)."""
+CONTROL_RESERVE = 100
+"""Control calls allowed above ``MAX_PENDING``: a cancel must pass when everything waits."""
+MAX_ABANDONED = 2000
+"""Remembered ids of calls nobody waits for any more, so that their late replies are not taken for strays."""
+MAX_SOCKETS = 65_000
+"""Of one ZMQ context. The default of 1,023 ends at some 340 kernels; the kernel's own limit is open files."""
+WELCOME_TIMEOUT = 1.0
+"""Seconds for the kernel's ``iopub_welcome``. A kernel whose iopub is no XPUB sends none."""
+DRAIN_TIMEOUT = 0.2
+"""Seconds after a streamed call's reply for its last events: iopub is another socket, and may be behind."""
+RECONNECT_MS = 20
+"""A kernel that is still starting has not bound its ports; ZMQ's default tries every 100 ms."""
+
+_log = logging.getLogger(__name__)
+
+
+def new_context() -> zmq.asyncio.Context:
+    """A ZMQ context wide enough for thousands of kernels; its maker ends it with ``destroy(linger=0)``."""
+    context = zmq.asyncio.Context()
+    context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+    return context
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A caller that waits for a reply."""
+
+    command: Command | None
+    """None for a message of Jupyter's own."""
+    reply: asyncio.Future[dict[str, Any]]
+    on_event: EventListener | None = None
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    """The kernel has said that it is done with this request: no event follows."""
+
+
+class KernelConnection:
+    """Calls to one kernel.
+
+    Use it on one event loop, from as many tasks as you like.
+
+    Args:
+        connection_info: A connection file's content: ``transport``, ``ip``, ``shell_port``, ``control_port``,
+            ``iopub_port``, ``key``, ``signature_scheme``, and ``curve_publickey`` and ``curve_secretkey`` where
+            the kernel encrypts.
+        context: Shared by many connections; None makes one that ends with this connection.
+        name: How messages and logs call the kernel; None is its address.
+        max_pending: Calls that may wait at once.
+        grace: Seconds to wait past a call's deadline for the kernel's own answer.
+    """
+
+    def __init__(
+        self,
+        connection_info: Mapping[str, Any],
+        *,
+        context: zmq.asyncio.Context | None = None,
+        name: str | None = None,
+        max_pending: int = MAX_PENDING,
+        grace: float = REPLY_GRACE,
+    ) -> None:
+        self._info = dict(connection_info)
+        self.name = name or _address(self._info, "shell")
+        self.strays = 0
+        """Messages that answered nobody, or were not to be read; dropped."""
+        self._owns_context = context is None
+        self._context = context
+        self._max_pending = max_pending
+        self._grace = grace
+        key = self._info.get("key", b"")
+        self._messages = MessageSession(
+            key=key.encode() if isinstance(key, str) else key,
+            signature_scheme=self._info.get("signature_scheme") or "hmac-sha256",
+            digest_history_size=4096,  # guards against replayed replies; the default of 65,536 is 8 MB a kernel
+        )
+        self._sockets: dict[str, zmq.asyncio.Socket] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._waiting: dict[str, _Waiting] = {}
+        self._abandoned: dict[str, None] = {}
+        self._welcomed = asyncio.Event()
+        self._failure: Callable[[Command | None], errors.DSPexError] | None = None
+        self._closed = False
+
+    @property
+    def pending(self) -> int:
+        """How many calls wait for their reply."""
+        return len(self._waiting)
+
+    async def open(self) -> Self:
+        """Connect the sockets. The kernel need not be there yet: what is sent waits for it."""
+        if self._context is None:
+            self._context = new_context()
+        for channel in ("shell", "control"):
+            self._connect(channel, zmq.DEALER)
+        return self
+
+    async def close(self) -> None:
+        """Answer whoever still waits with ``ServiceClosed``, end the readers, close the sockets."""
+        self.drop()
+        await asyncio.gather(*self._readers.values(), return_exceptions=True)
+
+    def drop(self) -> None:
+        """As ``close``, where nothing can be awaited: the readers end on the loop's next turn."""
+        if self._closed:
+            return
+        self._closed = True
+        self.fail_all(lambda _: errors.ServiceClosed(f"the connection to kernel {self.name} was closed"))
+        for reader in self._readers.values():
+            reader.cancel()
+        for socket in self._sockets.values():
+            socket.close(linger=0)
+        self._sockets.clear()
+        if self._owns_context and self._context is not None:
+            self._context.destroy(linger=0)
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def request(
+        self,
+        command: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        session_id: str | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        stream: bool = False,
+        on_event: EventListener | None = None,
+    ) -> dict[str, Any]:
+        """Ask one command and wait for its result.
+
+        The kernel keeps the deadline; this side waits ``grace`` longer for its answer, and no more. A caller that
+        is cancelled, or whose deadline passes unanswered, has its call cancelled in the kernel too.
+
+        Args:
+            command: A name of the command table.
+            args: Its arguments; None is none.
+            session_id: Whose command; None is a dedicated kernel's own session.
+            timeout: Seconds, above 0; None is the command's default.
+            request_id: The caller's name for the call, for ``cancel``; None is the message's id.
+            stream: Whether the kernel shall report events on the way.
+            on_event: Takes each event's content; None leaves iopub alone.
+
+        Returns:
+            The command's result, as its row of the table describes it.
+
+        Raises:
+            DSPexError: What the kernel answered.
+            InvalidMessage: The request is malformed: an id, the timeout.
+            CommandTimeout: No answer came in time.
+            KernelDied: The kernel died before it answered.
+            SessionLimitReached: ``max_pending`` calls wait already.
+            TooLarge: The request is over its size.
+        """
+        row = get_command(command)
+        seconds = timeout if timeout is not None else row.timeout_s or DEFAULT_TIMEOUT
+        content: dict[str, Any] = {
+            "protocol_version": PROTOCOL_VERSION,
+            "session_id": session_id,
+            "request_id": request_id,
+            "command": command,
+            "args": dict(args or {}),
+            "timeout_s": seconds,
+            "stream": stream,
+        }
+        messages.parse_request(content)  # what the kernel would refuse need not travel
+        if on_event is not None:
+            await self._ensure_events()
+        message = self._messages.msg(messages.REQUEST, content)
+        message_id = message["header"]["msg_id"]
+        try:
+            reply = await self._ask(
+                "control" if row.control else "shell", message, seconds + self._grace, row, on_event
+            )
+        except (asyncio.CancelledError, TimeoutError) as stop:
+            self._abandon(message_id)
+            if not row.control:
+                self._send_cancel(session_id, request_id or message_id)
+            if isinstance(stop, asyncio.CancelledError):
+                raise
+            raise errors.CommandTimeout(
+                f"{command}: kernel {self.name} gave no answer in {seconds:g} s, nor in {self._grace:g} s more; "
+                "give more time, or see the kernel's log",
+                details={"command": command, "timeout_s": seconds},
+            ) from None  # the TimeoutError tells nothing more
+        return _result(reply)
+
+    async def kernel_info(self, *, timeout: float = DEFAULT_TIMEOUT) -> dict[str, Any]:
+        """The kernel's ``kernel_info_reply``, over control: it answers while a cell or a command computes.
+
+        Raises:
+            CommandTimeout: No answer in ``timeout`` seconds.
+            KernelDied: The kernel died first.
+        """
+        message = self._messages.msg("kernel_info_request", {})
+        try:
+            return await self._ask("control", message, timeout, None, None)
+        except TimeoutError:
+            self._abandon(message["header"]["msg_id"])
+            raise errors.CommandTimeout(
+                f"kernel {self.name} did not answer kernel_info within {timeout:g} s: is it running?",
+                details={"timeout_s": timeout},
+            ) from None  # the TimeoutError tells nothing more
+
+    async def identify(self, *, timeout: float = DEFAULT_TIMEOUT) -> dict[str, Any]:
+        """What a dspex kernel tells about itself; ask it before anything else, other kernels never answer.
+
+        Returns:
+            ``session_id`` (None in a pooled kernel), ``protocol_version``, ``backend``, ``kernel_id``,
+            ``generation``.
+
+        Raises:
+            NotADSPexKernel: It does not announce ``dspex``.
+            ProtocolMismatch: It speaks another major version.
+            CommandTimeout: No answer in ``timeout`` seconds.
+        """
+        info = await self.kernel_info(timeout=timeout)
+        if FEATURE not in (info.get("supported_features") or []):
+            raise errors.NotADSPexKernel(
+                f"kernel {self.name} ({info.get('implementation', 'unknown')}) is not a dspex kernel: "
+                f'start one with the kernelspec "{FEATURE}"',
+                details={"implementation": info.get("implementation")},
+            )
+        about = dict(info.get(FEATURE) or {})
+        messages.check_version(about.get("protocol_version"))
+        return about
+
+    def fail_all(self, error_for: Callable[[Command | None], errors.DSPexError]) -> None:
+        """Answer everyone who waits, and everyone who asks from now on, with an error.
+
+        Called from the kernel's owner when its process died or is being ended.
+
+        Args:
+            error_for: Makes the error for a command; None stands for a message of Jupyter's own.
+        """
+        if self._failure is None:
+            self._failure = error_for
+        for waiting in list(self._waiting.values()):
+            if not waiting.reply.done():
+                waiting.reply.set_exception(error_for(waiting.command))
+
+    async def _ask(
+        self,
+        channel: str,
+        message: dict[str, Any],
+        timeout: float,
+        row: Command | None,
+        on_event: EventListener | None,
+    ) -> dict[str, Any]:
+        if self._failure is not None:
+            raise self._failure(row)
+        self._check_room(row)
+        waiting = _Waiting(row, asyncio.get_running_loop().create_future(), on_event)
+        message_id = message["header"]["msg_id"]
+        self._waiting[message_id] = waiting
+        try:
+            async with asyncio.timeout(timeout):
+                await self._sockets[channel].send_multipart(self._messages.serialize(message))
+                reply = await waiting.reply
+            if on_event is not None:
+                with contextlib.suppress(TimeoutError):  # events may be lost, and a status too
+                    await asyncio.wait_for(waiting.idle.wait(), DRAIN_TIMEOUT)
+            return reply
+        finally:
+            del self._waiting[message_id]
+            if waiting.reply.done() and not waiting.reply.cancelled():
+                waiting.reply.exception()  # marks an error as seen that came as the caller left
+
+    def _check_room(self, row: Command | None) -> None:
+        limit = self._max_pending + (CONTROL_RESERVE if row is None or row.control else 0)
+        if len(self._waiting) >= limit:
+            raise errors.SessionLimitReached(
+                f"kernel {self.name} has {len(self._waiting)} calls waiting, the limit is {limit}: "
+                "wait for some to end",
+                details={"pending": len(self._waiting), "limit": limit},
+                retry_after=1.0,
+            )
+
+    def _connect(self, channel: str, kind: int) -> None:
+        assert self._context is not None
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        public, secret = self._info.get("curve_publickey"), self._info.get("curve_secretkey")
+        if public and secret:
+            # A kernel knows one key pair only: clients use the kernel's own (jupyter_client 8.9, CurveZMQ).
+            socket.curve_secretkey = _bytes(secret)
+            socket.curve_publickey = _bytes(public)
+            socket.curve_serverkey = _bytes(public)
+        socket.connect(_address(self._info, channel))
+        if kind == zmq.SUB:
+            socket.subscribe(b"")
+        self._sockets[channel] = socket
+        reader = asyncio.create_task(self._read(channel, socket), name=f"dspex {channel} {self.name}")
+        reader.add_done_callback(functools.partial(self._reader_ended, channel))
+        self._readers[channel] = reader
+
+    async def _ensure_events(self) -> None:
+        if "iopub" not in self._sockets and self._failure is None:
+            self._connect("iopub", zmq.SUB)
+        with contextlib.suppress(TimeoutError):  # no welcome: early events may be lost, which they may
+            await asyncio.wait_for(self._welcomed.wait(), WELCOME_TIMEOUT)
+        self._welcomed.set()
+
+    async def _read(self, channel: str, socket: zmq.asyncio.Socket) -> None:
+        take = self._take_iopub if channel == "iopub" else self._take_reply
+        while True:
+            frames = await socket.recv_multipart()
+            try:
+                _, parts = self._messages.feed_identities(frames)
+                message = self._messages.deserialize(parts)
+                take(message)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError) as failure:
+                self.strays += 1
+                _log.warning("kernel %s: a message on %s cannot be read: %s", self.name, channel, failure)
+
+    def _reader_ended(self, channel: str, reader: asyncio.Task[None]) -> None:
+        if reader.cancelled():
+            return
+        _log.error("kernel %s: the reader of %s broke", self.name, channel, exc_info=reader.exception())
+        self.fail_all(
+            lambda row: errors.KernelDied(
+                f"the connection to kernel {self.name} broke", retryable=row is not None and row.repeatable
+            )
+        )
+
+    def _take_reply(self, message: dict[str, Any]) -> None:
+        parent_id = message["parent_header"].get("msg_id", "")
+        waiting = self._waiting.get(parent_id)
+        if waiting is not None and not waiting.reply.done():
+            waiting.reply.set_result(message["content"])
+        elif parent_id in self._abandoned:
+            del self._abandoned[parent_id]
+        else:
+            self.strays += 1
+            _log.warning("kernel %s: a %s answers nobody here: dropped", self.name, message["msg_type"])
+
+    def _take_iopub(self, message: dict[str, Any]) -> None:
+        if message["msg_type"] == "iopub_welcome":
+            self._welcomed.set()
+            return
+        waiting = self._waiting.get(message["parent_header"].get("msg_id", ""))
+        if waiting is None:
+            return
+        content = message["content"]
+        if message["msg_type"] == "status" and content.get("execution_state") == "idle":
+            waiting.idle.set()
+        elif message["msg_type"] == messages.EVENT and waiting.on_event is not None:
+            self._tell(waiting, content)
+
+    def _tell(self, waiting: _Waiting, event: dict[str, Any]) -> None:
+        assert waiting.on_event is not None
+        try:
+            waiting.on_event(event)
+        except Exception:  # noqa: BLE001  # the caller's code may raise anything, and the reader serves others too
+            _log.exception("kernel %s: an event listener failed; it gets no more events", self.name)
+            waiting.on_event = None
+
+    def _abandon(self, message_id: str) -> None:
+        self._abandoned[message_id] = None
+        if len(self._abandoned) > MAX_ABANDONED:
+            del self._abandoned[next(iter(self._abandoned))]
+
+    def _send_cancel(self, session_id: str | None, request_id: str) -> None:
+        """Tell the kernel that nobody waits for a call any more; nobody waits for the answer to that either."""
+        if self._failure is not None:
+            return
+        request = messages.Request(session_id=session_id, command="cancel", args={"request_id": request_id})
+        message = self._messages.msg(messages.REQUEST, request.model_dump())
+        self._abandon(message["header"]["msg_id"])
+        sent = asyncio.ensure_future(self._sockets["control"].send_multipart(self._messages.serialize(message)))
+        sent.add_done_callback(_log_failed_send)
+
+
+def _log_failed_send(sent: asyncio.Future[Any]) -> None:
+    if not sent.cancelled() and sent.exception() is not None:
+        _log.warning("a cancel could not be sent: %s", sent.exception())
+
+
+def _result(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The result in a reply's content, or the error it tells of, raised."""
+    if content.get("status") == "ok":
+        result = content.get("result")
+        if isinstance(result, dict):
+            return result
+        raise errors.InvalidMessage(f"a {messages.REPLY} of status ok carries no result object")
+    failure = content.get("error")
+    if not isinstance(failure, dict):
+        failure = {"message": f"the kernel answered {content.get('status')!r}: {content.get('evalue', '')}"}
+    told = {name: content[name] for name in ("ename", "evalue", "traceback") if name in content}
+    raise errors.from_dict({**told, **failure})
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _address(info: Mapping[str, Any], channel: str) -> str:
+    transport, ip, port = info.get("transport", "tcp"), info["ip"], info[f"{channel}_port"]
+    separator = "-" if transport == "ipc" else ":"
+    return f"{transport}://{ip}{separator}{port}"

@@ -1,0 +1,24 @@
+"""Kernels for the tests that need real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.live.kernels import LiveKernel
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[LiveKernel]:
+    """A dedicated kernel as a notebook starts it, one for the tests of a module."""
+    with LiveKernel() as kernel:
+        yield kernel
+
+
+@pytest.fixture
+def offline(kernel: LiveKernel) -> LiveKernel:
+    """The module's kernel, reset, with the offline LM."""
+    kernel.result("reset")
+    kernel.result("configure", {"lm": {"model": "offline/echo", "cache": False}})
+    return kernel

@@ -1,0 +1,187 @@
+"""Commands and cells side by side in a real kernel: each answered once, none holding up another, states true."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.live.kernels import LiveKernel
+from tests.waiting import wait_for
+
+PROMPT = 0.1  # seconds that one may delay the other: the issue's bound
+GRACE = 0.4  # more, for two shared cores
+
+
+def _program(kernel: LiveKernel, **offline: object) -> None:
+    kernel.result("configure", {"lm": {"model": "offline/echo", "cache": False, "offline": offline}})
+    kernel.result("create_program", {"id": "qa", "signature": "question -> answer", "replace": True})
+
+
+def _run(question: str = "?") -> dict[str, object]:
+    return {"id": "qa", "inputs": {"question": question}}
+
+
+def test_a_blocking_cell_delays_no_command(offline: LiveKernel) -> None:
+    _program(offline)
+    cell = offline.execute("print('on'); import time; time.sleep(5)")
+    wait_for(lambda: offline.output(cell), what="the cell's first output")
+    began = time.monotonic()
+    offline.result("execute_program", _run())
+    assert time.monotonic() - began < PROMPT + GRACE
+    assert cell not in offline.replies, "the cell must still be running"
+    offline.interrupt()
+    offline.reply(cell)
+
+
+def test_a_blocking_command_delays_no_cell(offline: LiveKernel) -> None:
+    # A module of the notebook without an async path, which blocks its thread.
+    offline.run(
+        "import dspy, time\n"
+        "class Blocks(dspy.Module):\n"
+        "    def forward(self, question):\n"
+        "        time.sleep(2); return dspy.Prediction(answer=question)\n"
+        "blocks = Blocks()\n%dspex add blocks"
+    )
+    call = offline.send("execute_program", {"id": "blocks", "inputs": {"question": "?"}})
+    offline.wait_for_state(call, "busy")
+    began = time.monotonic()
+    offline.run("1 + 1")
+    assert time.monotonic() - began < PROMPT + GRACE
+    assert call not in offline.replies, "the command must still be running"
+    assert offline.reply(call)["result"]["outputs"] == {"answer": "?"}
+
+
+def test_commands_of_one_session_run_side_by_side(offline: LiveKernel) -> None:
+    _program(offline, latency_s=0.5)
+    began = time.monotonic()
+    calls = [offline.send("execute_program", _run(f"question {n}")) for n in range(20)]
+    answers = [offline.reply(call) for call in calls]
+    assert time.monotonic() - began < 20 * 0.5 / 2
+    for number, answer in enumerate(answers):
+        assert f"question {number}”" in answer["result"]["outputs"]["answer"]
+
+
+def test_control_commands_are_answered_while_a_cell_computes_and_are_no_activity(offline: LiveKernel) -> None:
+    cell = offline.execute("print('on'); import time; time.sleep(30)")
+    wait_for(lambda: offline.output(cell), what="the cell's first output")
+    before = offline.result("get_stats", control=True)["last_activity"]
+    ping = offline.send("ping", control=True)
+    assert offline.reply(ping)["result"]["status"] == "ok"
+    offline.interrupt()
+    offline.reply(cell)
+    offline.wait_for_state(cell, "idle")
+    assert offline.of(ping, "status") == []
+    assert offline.result("get_stats", control=True)["last_activity"] == before
+
+
+def test_the_last_state_told_is_busy_while_anything_runs(offline: LiveKernel) -> None:
+    _program(offline, latency_s=1.0)
+    call = offline.send("execute_program", _run())
+    offline.wait_for_state(call, "busy")
+    cell = offline.execute("1 + 1")
+    offline.reply(cell)
+    offline.wait_for_state(cell, "idle")
+    wait_for(lambda: len(offline.of(call, "status")) >= 2, what="busy again, in the command's name")
+    states = [m["content"]["execution_state"] for m in offline.iopub if m["header"]["msg_type"] == "status"]
+    assert states[-1] == "busy"
+    offline.reply(call)
+    offline.wait_for_state(call, "idle")
+    assert [m["content"]["execution_state"] for m in offline.iopub if m["header"]["msg_type"] == "status"][-1] == (
+        "idle"
+    )
+
+
+def test_changes_of_one_session_keep_their_order(offline: LiveKernel) -> None:
+    calls = [
+        offline.send("create_program", {"id": "qa", "signature": f"question -> answer_{n}", "replace": True})
+        for n in range(30)
+    ]
+    assert [offline.reply(call)["result"]["version"] for call in calls] == list(range(1, 31))
+    assert "answer_29" in offline.result("get_program", {"id": "qa"})["signature"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"[]", b'"text"', b"{not json", {"command": 7}, {"args": {}}, {"command": "ping", "x": 1}]
+)
+def test_a_malformed_request_is_answered_exactly_once(kernel: LiveKernel, content: object) -> None:
+    bad = kernel.send_raw(content)
+    answer = kernel.reply(bad)
+    assert (answer["status"], answer["error"]["code"]) == ("error", "invalid_message")
+    kernel.result("ping", control=True)
+    assert len(kernel.replies[bad]) == 1
+
+
+def test_a_cancel_is_answered_and_ends_the_call_at_once(offline: LiveKernel) -> None:
+    _program(offline, latency_s=30)
+    call = offline.send("execute_program", _run(), request_id="slow-one")
+    offline.wait_for_state(call, "busy")
+    began = time.monotonic()
+    assert offline.result("cancel", {"request_id": "slow-one"}, control=True) == {"cancelled": True}
+    answer = offline.reply(call)
+    assert time.monotonic() - began < PROMPT + GRACE
+    assert (answer["status"], answer["error"]["code"]) == ("aborted", "cancelled")
+    assert offline.result("cancel", {"request_id": "slow-one"}, control=True) == {"cancelled": False}
+    assert len(offline.replies[call]) == 1
+
+
+def test_a_call_ends_at_its_deadline(offline: LiveKernel) -> None:
+    _program(offline, latency_s=30)
+    error = offline.error("execute_program", _run(), timeout_s=0.2)
+    assert error["code"] == "timeout"
+
+
+def test_what_a_program_prints_goes_to_who_asked(offline: LiveKernel) -> None:
+    offline.run(
+        "import dspy\n"
+        "class Prints(dspy.Module):\n"
+        "    def forward(self, question):\n"
+        "        print('said', question); return dspy.Prediction(answer=question)\n"
+        "prints = Prints()\n%dspex add prints"
+    )
+    calls = {
+        offline.send("execute_program", {"id": "prints", "inputs": {"question": f"q{n}"}}): f"said q{n}\n"
+        for n in range(5)
+    }
+    for call, text in calls.items():
+        assert offline.reply(call)["status"] == "ok"
+        offline.wait_for_state(call, "idle")
+        assert offline.output(call) == text
+
+
+def test_a_shutdown_answers_what_runs() -> None:
+    with LiveKernel() as kernel:
+        _program(kernel, latency_s=30)
+        call = kernel.send("execute_program", _run())
+        kernel.wait_for_state(call, "busy")
+        kernel.client.shutdown()
+        answer = kernel.reply(call)
+    assert answer["error"]["code"] == "kernel_died"
+
+
+def test_tokens_are_streamed_as_events_and_the_reply_holds_the_whole_result(offline: LiveKernel) -> None:
+    _program(offline)
+    call = offline.send("execute_program", _run("stream me"), stream=True)
+    answer = offline.reply(call)["result"]["outputs"]["answer"]
+    offline.wait_for_state(call, "idle")
+    events = [m["content"] for m in offline.of(call, "dspex_event")]
+    tokens = [event for event in events if event["event"] == "token"]
+    assert "".join(event["text"] for event in tokens if event["field"] == "answer") == answer
+    assert len(tokens) > 1
+    assert [event["sequence"] for event in events] == list(range(len(events)))
+
+
+def test_programs_are_there_again_after_a_restart_whoever_made_them() -> None:
+    with LiveKernel() as kernel:
+        kernel.result("configure", {"lm": "offline/echo", "budget": {"lm_calls": 5}})
+        kernel.result("create_program", {"id": "by_client", "signature": "question -> answer"})
+        kernel.run('%dspex create by_magic "question -> answer" --module ChainOfThought')
+        kernel.result("execute_program", {"id": "by_client", "inputs": {"question": "?"}})
+        kernel.restart()
+        programs = kernel.result("list_programs")["programs"]
+        assert [p["program_id"] for p in programs] == ["by_client", "by_magic"]
+        kernel.result("execute_program", {"id": "by_magic", "inputs": {"question": "?"}})
+        for _ in range(3):
+            kernel.result("execute_program", {"id": "by_client", "inputs": {"question": f"{_}"}})
+        error = kernel.error("execute_program", {"id": "by_client", "inputs": {"question": "one more"}})
+        assert error["code"] == "budget_exceeded"

@@ -1,0 +1,482 @@
+"""What the service promises about sessions, whatever the backend: ids, owners, limits, states, what lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspex_kernels import SessionService, errors
+from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions.store.sql import SQLStore
+from tests.sessions.memory_backend import MemoryBackend
+from tests.waiting import wait_until
+
+SLOW = {"model": "offline/echo", "offline": {"latency_s": 60}}
+KEY = "sk-test-4711-canary"
+
+
+class Service(SessionService):
+    """The service on a backend in memory."""
+
+    def _make_backends(self) -> None:
+        self.memory = MemoryBackend(parent=self)
+        self.memory.lost = self._lost
+        self._backends = {"dedicated": self.memory}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Service]:
+    """Makes services that share one directory and one store, as one after another does."""
+
+    def make(**traits: Any) -> Service:
+        return Service(data_dir=str(tmp_path), store_url=f"sqlite:///{tmp_path / 'store.sqlite'}", **traits)
+
+    return make
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await work
+
+    asyncio.run(bounded())
+
+
+class TestIdsAndLimits:
+    def test_an_id_is_generated_or_given_and_stands_for_one_session(self, make):
+        async def work() -> None:
+            async with make() as service:
+                generated = await service.create_session(owner="alice")
+                assert generated.session_id.startswith("session_")
+                assert len(generated.session_id) == len("session_") + 16
+                given = await service.create_session(owner="alice", session_id="mine")
+                assert given.session_id == "mine"
+                with pytest.raises(errors.SessionExists, match="'mine' exists"):
+                    await service.create_session(owner="bob", session_id="mine")
+
+        run(work())
+
+    @pytest.mark.parametrize("session_id", ["", "../up", "a b", ".hidden", "x" * 129, "ä", "a\n"])
+    def test_an_id_that_could_not_be_a_directory_is_refused(self, make, session_id):
+        async def work() -> None:
+            async with make() as service:
+                with pytest.raises(errors.InvalidSession, match="session id"):
+                    await service.create_session(session_id=session_id)
+                assert await service.list_sessions() == []
+
+        run(work())
+
+    def test_an_owner_that_no_record_can_hold_is_refused(self, make):
+        async def work() -> None:
+            async with make() as service:
+                with pytest.raises(errors.InvalidSession, match="owner"):
+                    await service.create_session(owner="x" * 300)
+
+        run(work())
+
+    def test_a_backend_that_is_not_there_is_named(self, make):
+        async def work() -> None:
+            async with make() as service:
+                with pytest.raises(errors.InvalidSession, match="no backend 'pooled' here: there is dedicated"):
+                    await service.create_session(backend="pooled")
+            with pytest.raises(errors.InvalidSession, match="pooled"):
+                await make(backend="pooled").start()
+
+        run(work())
+
+    def test_sessions_that_are_still_starting_count_against_the_limit(self, make):
+        async def work() -> None:
+            async with make(max_sessions=2) as service:
+                service.memory.gate.clear()
+                starting = [asyncio.create_task(service.create_session(owner=name)) for name in ("alice", "bob")]
+                await wait_until(lambda: len(service.memory.opened) == 2, what="both starts")
+                with pytest.raises(errors.SessionLimitReached, match=r"2 sessions.*max_sessions is 2"):
+                    await service.create_session(owner="carol")
+                service.memory.gate.set()
+                first, _ = await asyncio.gather(*starting)
+                await first.destroy()
+                await service.create_session(owner="carol")
+
+        run(work())
+
+    def test_one_owner_is_limited_by_a_number_or_a_callable_and_others_are_not(self, make):
+        async def work() -> None:
+            async with make(max_sessions_per_owner=lambda owner: {"alice": 1}.get(owner, 0)) as service:
+                await service.create_session(owner="alice")
+                with pytest.raises(
+                    errors.SessionLimitReached, match=r"of owner 'alice'.*max_sessions_per_owner is 1"
+                ):
+                    await service.create_session(owner="alice")
+                for _ in range(3):
+                    await service.create_session(owner="bob")
+                assert await service.destroy_sessions(owner="bob") == 3
+                assert [info.owner for info in await service.list_sessions()] == ["alice"]
+
+        run(work())
+
+    def test_a_session_that_is_not_there_is_not_found_by_any_method(self, make):
+        async def work() -> None:
+            async with make() as service:
+                for attempt in (
+                    service.call("none", "ping"),
+                    service.get_session_info("none"),
+                    service.destroy_session("none"),
+                    service.interrupt_session("none"),
+                ):
+                    with pytest.raises(errors.SessionNotFound, match="'none'"):
+                        await attempt
+                with pytest.raises(errors.SessionNotFound):
+                    service.get_session("none")
+
+        run(work())
+
+
+class TestOpening:
+    def test_callers_share_one_start(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session()
+                service.memory.lose(session.session_id)
+                service.memory.gate.clear()
+                calls = [asyncio.create_task(session.list_programs()) for _ in range(5)]
+                await wait_until(lambda: len(service.memory.opened) == 2, what="the second start")
+                service.memory.gate.set()
+                assert await asyncio.gather(*calls) == [[]] * 5
+                assert len(service.memory.opened) == 2
+
+        run(work())
+
+    def test_a_start_that_fails_is_told_to_all_who_wait_and_tried_again_by_the_next_call(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session()
+                service.memory.lose(session.session_id)
+                service.memory.start_failure = errors.KernelStartFailed("no kernel today")
+                outcomes = await asyncio.gather(
+                    *(session.list_programs() for _ in range(3)), return_exceptions=True
+                )
+                assert [str(outcome) for outcome in outcomes] == ["no kernel today"] * 3
+                info = await service.get_session_info(session.session_id)
+                assert info.status is SessionStatus.FAILED
+                service.memory.start_failure = None
+                assert await session.list_programs() == []
+                assert (await service.get_session_info(session.session_id)).generation == 3
+
+        run(work())
+
+    def test_a_call_without_time_to_wait_is_told_the_status_and_the_start_goes_on(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session()
+                service.memory.lose(session.session_id)
+                with pytest.raises(errors.SessionNotReady, match=r"no kernel yet.*its kernel died") as told:
+                    await session.call("list_programs", timeout=0)
+                assert told.value.code == "session_status"
+                await wait_until(lambda: service.memory.get_place(session.session_id), what="the start")
+                assert (await session.call("list_programs", timeout=0))["count"] == 0
+
+        run(work())
+
+    def test_the_start_is_paid_from_the_calls_time(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session()
+                service.memory.lose(session.session_id)
+                service.memory.gate.clear()
+                with pytest.raises(errors.CommandTimeout, match="still starting"):
+                    await session.call("list_programs", timeout=0.05)
+                service.memory.gate.set()
+                await session.list_programs(timeout=10)
+                assert 0 < service.memory.asked[-1][1].timeout < 10
+
+        run(work())
+
+    def test_a_call_that_waits_for_its_kernel_can_be_cancelled_by_name(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session()
+                service.memory.lose(session.session_id)
+                service.memory.gate.clear()
+                call = asyncio.create_task(session.call("list_programs", request_id="mine"))
+                await wait_until(lambda: len(service.memory.opened) == 2, what="the start")
+                assert await session.cancel("mine")
+                with pytest.raises(errors.CommandCancelled):
+                    await call
+                assert not await session.cancel("another")
+                service.memory.gate.set()
+
+        run(work())
+
+    def test_a_session_whose_kernel_does_not_start_is_not_created(self, make, tmp_path):
+        async def work() -> None:
+            async with make(max_sessions=1) as service:
+                service.memory.start_failure = errors.KernelStartFailed("no kernel today")
+                with pytest.raises(errors.KernelStartFailed):
+                    await service.create_session(session_id="s")
+                assert await service.list_sessions() == []
+                service.memory.start_failure = None
+                await service.create_session(session_id="s")
+
+        run(work())
+
+    def test_a_session_whose_lm_is_refused_is_not_created(self, make):
+        async def work() -> None:
+            async with make() as service:
+                with pytest.raises(errors.PolicyDenied):
+                    await service.create_session(session_id="s", lm="refused/model")
+                assert await service.list_sessions() == []
+                assert service.memory.get_place("s") is None
+
+        run(work())
+
+    def test_a_creation_that_is_cancelled_leaves_nothing(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                service.memory.gate.clear()
+                creating = asyncio.create_task(service.create_session(session_id="s"))
+                await wait_until(lambda: service.memory.opened, what="the start")
+                creating.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await creating
+                assert await service.list_sessions() == []
+                assert not (tmp_path / "sessions" / "s").exists()
+                service.memory.gate.set()
+                await service.create_session(session_id="s")
+
+        run(work())
+
+
+class TestWhatOutlivesWhat:
+    def test_a_change_is_in_the_store_when_its_reply_is_there(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service, SQLStore(service.store_url) as other:
+                session = await service.create_session(session_id="s")
+                await session.create_program("qa", "question -> answer")
+                assert list((await other.get("s")).contents.programs) == ["qa"]
+                assert (await service.get_session_info("s")).programs == ["qa"]
+                await session.delete_program("qa")
+                assert (await other.get("s")).contents.programs == {}
+
+        run(work())
+
+    def test_programs_are_there_in_the_next_generation_after_a_kernels_death(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                await session.create_program("qa", "question -> answer")
+                service.memory.lose("s")
+                info = await service.get_session_info("s")
+                assert (info.status, info.kernel_id, info.programs) == (SessionStatus.HIBERNATED, None, ["qa"])
+                assert [p["program_id"] for p in await session.list_programs()] == ["qa"]
+                info = await service.get_session_info("s")
+                assert (info.status, info.generation) == (SessionStatus.READY, 2)
+
+        run(work())
+
+    def test_a_call_that_was_running_is_reported_and_never_run_again(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s", lm=SLOW)
+                call = asyncio.create_task(session.execute_program("qa", {"question": "?"}))
+                await wait_until(lambda: service.memory.asked[-1][1].command == "execute_program", what="the call")
+                service.memory.lose("s")
+                with pytest.raises(errors.KernelDied) as died:
+                    await call
+                assert not died.value.retryable
+                await session.list_programs()
+                assert [c.command for _, c in service.memory.asked].count("execute_program") == 1
+
+        run(work())
+
+    def test_sessions_of_an_earlier_service_are_hibernated_and_come_back(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(owner="alice", session_id="s")
+                await session.create_program("qa", "question -> answer")
+            async with make() as service:
+                info = await service.get_session_info("s")
+                assert (info.owner, info.status, info.programs) == ("alice", SessionStatus.HIBERNATED, ["qa"])
+                assert [p["program_id"] for p in await service.get_session("s").list_programs()] == ["qa"]
+                assert (await service.get_session_info("s")).generation == 2
+
+        run(work())
+
+    def test_a_session_that_is_destroyed_leaves_nothing(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s", lm=SLOW)
+                call = asyncio.create_task(session.execute_program("qa", {"question": "?"}))
+                await wait_until(lambda: service.memory.asked[-1][1].command == "execute_program", what="the call")
+                await session.destroy()
+                with pytest.raises(errors.CommandCancelled):
+                    await call
+                assert not (tmp_path / "sessions" / "s").exists()
+                with pytest.raises(errors.SessionNotFound):
+                    await session.list_programs()
+                again = await service.create_session(session_id="s")
+                assert await again.list_programs() == []
+            async with make() as service:
+                assert [info.session_id for info in await service.list_sessions()] == ["s"]
+
+        run(work())
+
+    def test_a_session_destroyed_while_it_starts_answers_who_waits(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                service.memory.lose("s")
+                service.memory.gate.clear()
+                call = asyncio.create_task(session.list_programs())
+                await wait_until(lambda: len(service.memory.opened) == 2, what="the start")
+                await session.destroy()
+                with pytest.raises(errors.SessionNotFound):
+                    await call
+                assert service.memory.get_place("s") is None
+
+        run(work())
+
+    def test_a_destruction_that_a_crash_interrupted_is_finished_by_the_next_service(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                await service.create_session(session_id="s")
+            async with SQLStore(service.store_url) as store:
+                await store.set_status("s", SessionStatus.DESTROYED)
+            async with make() as service:
+                assert await service.list_sessions() == []
+                assert not (tmp_path / "sessions" / "s").exists()
+
+        run(work())
+
+    def test_a_journal_that_cannot_be_read_is_logged_and_the_call_is_answered(self, make, tmp_path, caplog):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                path = tmp_path / "sessions" / "s" / "journal.jsonl"
+                path.write_bytes(b"no journal\n")
+                with caplog.at_level(logging.ERROR):
+                    await session.create_program("qa", "question -> answer")
+                assert "session s: its journal could not be taken into the store" in caplog.text
+
+        run(work())
+
+
+class TestKeys:
+    def test_a_key_given_directly_is_told_to_the_next_kernel(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s", lm={"model": "openai/gpt-x", "api_key": KEY})
+                service.memory.lose("s")
+                await session.list_programs()
+                configured = [c.args for _, c in service.memory.asked if c.command == "configure"]
+                assert configured == [{"lm": {"model": "openai/gpt-x", "api_key": KEY}}] * 2
+
+        run(work())
+
+    @pytest.mark.parametrize("change", [("configure", {"lm": "offline/echo"}), ("reset", {})])
+    def test_a_key_whose_lm_was_replaced_is_forgotten(self, make, change):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s", lm={"model": "openai/gpt-x", "api_key": KEY})
+                await session.call(*change)
+                service.memory.lose("s")
+                await session.list_programs()
+                assert [KEY in str(c.args) for _, c in service.memory.asked].count(True) == 1
+
+        run(work())
+
+    def test_a_key_is_not_repeated_when_the_lm_was_changed_from_inside_the_kernel(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s", lm={"model": "openai/gpt-x", "api_key": KEY})
+                inside = service.memory
+                await inside._answer(inside._rooms["s"], *_configure("offline/echo"))
+                inside.lose("s")
+                await session.list_programs()
+                assert [KEY in str(c.args) for _, c in inside.asked].count(True) == 1
+
+        run(work())
+
+    def test_a_key_is_in_no_file_no_log_and_no_answer(self, make, tmp_path, caplog):
+        async def work() -> None:
+            with caplog.at_level(logging.DEBUG):
+                async with make() as service:
+                    session = await service.create_session(
+                        session_id="s", lm={"model": "openai/gpt-x", "api_key": KEY}
+                    )
+                    answers = [await session.info(), await service.health_check(), repr(session)]
+                    service.memory.lose("s")
+                    service.memory.start_failure = errors.KernelStartFailed("no kernel today")
+                    with pytest.raises(errors.KernelStartFailed) as failed:
+                        await session.list_programs()
+                    service.memory.start_failure = None
+                    with pytest.raises(errors.InvalidArguments) as invalid:
+                        await session.configure(lm={"model": "openai/gpt-x", "api_key": KEY, "no_such": 1})
+                    assert KEY not in f"{answers} {failed.value.to_dict()} {invalid.value.to_dict()}"
+            files = [path for path in tmp_path.rglob("*") if path.is_file()]
+            assert files
+            assert not [path for path in files if KEY.encode() in path.read_bytes()]
+            assert KEY not in caplog.text
+
+        run(work())
+
+
+def _configure(model: str) -> tuple[Any, Any]:
+    from dspex_kernels.protocol.commands import get_command
+
+    row = get_command("configure")
+    return row, row.parse({"lm": model})
+
+
+class TestStopping:
+    def test_running_and_waiting_calls_are_answered_and_new_ones_refused(self, make):
+        async def work() -> None:
+            service = await make().start()
+            ready = await service.create_session(session_id="ready", lm=SLOW)
+            starting = await service.create_session(session_id="starting")
+            service.memory.lose("starting")
+            service.memory.gate.clear()
+            calls = [
+                asyncio.create_task(ready.execute_program("qa", {"question": "?"})),
+                asyncio.create_task(starting.list_programs()),
+            ]
+            await wait_until(lambda: len(service.memory.opened) == 3, what="the start")
+            await service.stop()
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [errors.ServiceClosed] * 2
+            for attempt in (ready.ping(), service.create_session(), service.list_sessions()):
+                with pytest.raises(errors.ServiceClosed):
+                    await attempt
+            await service.stop()
+
+        run(work())
+
+    def test_a_session_for_a_block_is_gone_after_it_even_if_the_block_fails(self, make):
+        async def work() -> None:
+            async with make() as service:
+
+                async def fail() -> None:
+                    async with service.session(owner="alice") as session:
+                        assert (await session.info())["owner"] == "alice"
+                        raise ZeroDivisionError
+
+                with pytest.raises(ZeroDivisionError):
+                    await fail()
+                assert await service.list_sessions() == []
+                async with service.session() as session:
+                    await session.destroy()
+
+        run(work())
+
+    def test_health_counts_and_names_nobody(self, make):
+        async def work() -> None:
+            async with make() as service:
+                await service.create_session(owner="alice", session_id="s")
+                assert await service.health_check() == {"status": "ok", "sessions": {"ready": 1}, "calls": 0}
+            assert (await service.health_check())["status"] == "stopped"
+
+        run(work())

@@ -1,0 +1,57 @@
+"""Waiting for what another thread or process does: the only place of the tests that may pause."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_FIRST_PAUSE = 0.001
+_LONGEST_PAUSE = 0.05  # seconds: a poll of twenty a second costs nothing on two cores
+
+
+def wait_for(condition: Callable[[], T], *, deadline: float = 10.0, what: str = "the condition") -> T:
+    """Poll until ``condition()`` is truthy.
+
+    Args:
+        condition: Called again and again; cheap.
+        deadline: Longest wait, in seconds.
+        what: What is awaited, for the failure's message. A callable's current value is often worth naming.
+
+    Returns:
+        The first truthy value of the condition.
+
+    Raises:
+        AssertionError: The deadline passed; the message names ``what`` and the last value.
+    """
+    end = time.monotonic() + deadline
+    pause = _FIRST_PAUSE
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= end:
+            raise AssertionError(_too_late(what, deadline, value))
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def wait_until(condition: Callable[[], T], *, deadline: float = 10.0, what: str = "the condition") -> T:
+    """``wait_for`` on an event loop: the loop goes on running between the polls."""
+    end = time.monotonic() + deadline
+    pause = _FIRST_PAUSE
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= end:
+            raise AssertionError(_too_late(what, deadline, value))
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _too_late(what: str, deadline: float, value: object) -> str:
+    return f"waited {deadline:g} s for {what}; its last value was {value!r}"
