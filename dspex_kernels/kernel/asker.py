@@ -13,6 +13,7 @@ from dspex_kernels import errors
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.dispatch import Ask, Dispatcher
 from dspex_kernels.kernel.handlers import programs
+from dspex_kernels.kernel.namespaces import Namespace
 
 
 class NotebookAsker:
@@ -93,13 +94,16 @@ class NotebookAsker:
 
     def add_tool(self, function: Callable[..., Any], name: str | None = None) -> str:
         """Make a function of the notebook a tool of its session; returns its name."""
-        return str(self._namespace().toolbox.add(function, name=name))
+        namespace = self._namespace()
+        added: str = namespace.toolbox.add(function, name=name)
+        self._dispatcher.loop.call_soon_threadsafe(namespace.forget_tool, added)
+        return added
 
     def program_ids(self) -> list[str]:
         """The session's programs, for completion."""
         return sorted(self._namespace().contents.programs)
 
-    def _namespace(self) -> Any:
+    def _namespace(self) -> Namespace:
         return self._dispatcher.namespace(None)
 
     @staticmethod

@@ -17,8 +17,9 @@ import orjson
 from dspex_kernels import errors
 from dspex_kernels.kernel import handlers
 from dspex_kernels.kernel.calls import Call
-from dspex_kernels.kernel.failures import explain, scrub
+from dspex_kernels.kernel.failures import explain
 from dspex_kernels.kernel.namespaces import Namespace
+from dspex_kernels.kernel.secrecy import scrub
 from dspex_kernels.protocol import limits
 from dspex_kernels.protocol.commands import Command, get_command
 from dspex_kernels.protocol.messages import Request, check_size, parse_request

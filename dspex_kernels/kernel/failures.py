@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 
 import dspy
-import orjson
 
 from dspex_kernels import errors
 from dspex_kernels.kernel.calls import Call
@@ -32,10 +30,6 @@ REMEDIES = {
 
 MAX_MESSAGE = 2000
 """Characters of a provider's or program's message that are passed on."""
-
-
-MIN_SECRET = 6
-"""Characters of the shortest key that is looked for in texts: a shorter one is no secret, and a common word."""
 
 
 def explain(failure: BaseException, call: Call) -> errors.DSPexError:
@@ -94,11 +88,3 @@ def _frames(failure: BaseException) -> list[str]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}… ({len(text):,} characters)"
-
-
-def scrub(text: str, secrets: Iterable[str]) -> str:
-    """JSON ``text`` without the secrets: a provider may echo the key it refused."""
-    for secret in secrets:
-        if len(secret) >= MIN_SECRET:
-            text = text.replace(orjson.dumps(secret).decode()[1:-1], "«secret»")
-    return text

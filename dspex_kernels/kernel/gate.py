@@ -41,6 +41,7 @@ from dspex_kernels import errors
 from dspex_kernels.errors import CallStopped
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.ledger import Estimate
+from dspex_kernels.kernel.secrecy import scrub_exception
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +226,8 @@ class _Passage:
 
     def failed(self, failure: BaseException) -> None:
         if isinstance(failure, Exception):
+            # Here and not where replies leave: modules print failures, and feed them to the model.
+            scrub_exception(failure, {*self.call.namespace.secrets, self.lm.kwargs.get("api_key") or ""})
             self.call.last_provider_error = failure
         for ledger in (self.call.namespace.ledger, self.call.ledger):
             ledger.record(self.lm.model, {}, None, failed=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import dspy
 
@@ -94,6 +95,11 @@ def build_lm(
     if refused:
         raise errors.InvalidLMProfile(
             f"params may not hold {', '.join(refused)}: use the profile's own fields", details={"params": refused}
+        )
+    if profile.api_base is not None and urlsplit(profile.api_base).username is not None:
+        raise errors.InvalidLMProfile(
+            f"the api_base of {profile.model!r} holds a user name: it would be stored in clear; give the "
+            "credentials as api_key"
         )
     if profile.offline is not None and not profile.is_offline:
         raise errors.InvalidLMProfile(f"offline options need an offline model, not {profile.model!r}")

@@ -306,7 +306,7 @@ def _settings(scope: Scope, words: Mapping[str, str]) -> tuple[dict[str, Any], d
         if value in ("none", "None", "null"):
             value = None
         if name in ("lm", "model"):
-            args["lm"] = value
+            args["lm"] = _named_lm(value)
         elif name in ("adapter", "budget"):
             args[name] = value
         elif group == "budget":
@@ -321,6 +321,14 @@ def _settings(scope: Scope, words: Mapping[str, str]) -> tuple[dict[str, Any], d
                 f"more sampling parameters go as params.{name}"
             )
     return args, profile, budget
+
+
+def _named_lm(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("{"):
+        raise errors.InvalidArguments(
+            'lm is no JSON object: write lm={"model": "openai/gpt-5-mini", …}, or lm=@variable for a dict'
+        )
+    return value
 
 
 def _profile(args: Mapping[str, Any], fields: dict[str, Any], current: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -521,6 +529,9 @@ def completions(asker: Asker, text: str, names: Mapping[str, Any]) -> tuple[str,
     if match is None:
         return "", []
     *before, piece = re.split(r"\s+", match.group(1))
+    option, equals, value = piece.partition("=")
+    if equals and option.startswith("--"):
+        before, piece = [*before, option], value
     found = sorted({word for word in _candidates(asker, before, piece, names) if word.startswith(piece)})
     return piece, found
 

@@ -170,6 +170,12 @@ class Namespace:
                 return
             del self._live[oldest]
 
+    def forget_tool(self, name: str) -> None:
+        """Have programs with that tool built again: a notebook defined it anew."""
+        for key, program in list(self._live.items()):
+            if any(tool.name == name for tool in program.record.spec.tools):
+                del self._live[key]
+
     # Changes
 
     async def commit(self, change: Change) -> None:
@@ -178,15 +184,20 @@ class Namespace:
         Raises:
             StoreError: It could not be written; nothing changed.
         """
+        writing = asyncio.ensure_future(self._write(change))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # What is in the journal must be in memory too, before the next change may look.
+            await asyncio.wait({writing})
+            raise
+
+    async def _write(self, change: Change) -> None:
         if self._journal is not None:
-            loop = asyncio.get_running_loop()
-            # Shielded: a cancel between the write and here would leave memory behind the journal.
-            await asyncio.shield(loop.run_in_executor(self._executor, self._journal.append, change))
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, change)
         self.contents.apply(change)
         for program_id in {key[0] for key in self._live} - set(self.contents.programs):
             self._forget(program_id)
-        for versions in self.contents.programs.values():
-            del versions[: -limits.MAX_VERSIONS_KEPT]
 
     def _forget(self, program_id: str) -> None:
         for key in [key for key in self._live if key[0] == program_id]:

@@ -121,7 +121,7 @@ def check_version(version: Any) -> None:
     ours = PROTOCOL_VERSION.split(".", 1)[0]
     if not isinstance(version, str) or version.split(".", 1)[0] != ours:
         raise errors.ProtocolMismatch(
-            f"protocol version {version!r} is not spoken here: this side speaks {PROTOCOL_VERSION}; "
+            f"protocol version {str(version)[:32]!r} is not spoken here: this side speaks {PROTOCOL_VERSION}; "
             "use the same major version of dspex-kernels on both sides",
             details={"theirs": str(version)[:32], "ours": PROTOCOL_VERSION},
         )
@@ -171,5 +171,5 @@ def _depth(value: Any, limit: int) -> int:
 def first_problem(failure: ValidationError) -> str:
     """The first finding of a validation in one line: the field, and what is wrong with it."""
     problem = failure.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "the content"
+    where = ".".join(str(part) for part in problem["loc"])[:200] or "the content"  # keys are the sender's
     return f"{where}: {problem['msg']}"

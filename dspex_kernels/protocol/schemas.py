@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from dspex_kernels.protocol import PROTOCOL_VERSION, messages
 from dspex_kernels.protocol.commands import COMMANDS
 from dspex_kernels.protocol.records import ProgramRecord
+
+# As one type, so that what both forms refer to is defined where the references look: at the schema's root.
+_REPLY: TypeAdapter[Any] = TypeAdapter(
+    Annotated[messages.OkReply | messages.FailedReply, Field(discriminator="status")]
+)
 
 
 def json_schemas() -> dict[str, Any]:
@@ -20,9 +27,7 @@ def json_schemas() -> dict[str, Any]:
         "protocol_version": PROTOCOL_VERSION,
         "messages": {
             messages.REQUEST: messages.Request.model_json_schema(),
-            messages.REPLY: {
-                "oneOf": [messages.OkReply.model_json_schema(), messages.FailedReply.model_json_schema()]
-            },
+            messages.REPLY: _REPLY.json_schema(),
             messages.EVENT: messages.Event.model_json_schema(),
         },
         "commands": {

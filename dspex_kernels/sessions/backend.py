@@ -117,6 +117,7 @@ class SessionBackend(LoggingConfigurable, metaclass=_BackendMeta):
         Raises:
             DSPexError: What the session answered; passed to the caller as it is.
             KernelDied: The place was lost before the answer; passed to the caller, never repeated.
+            SessionNotReady: The session has no place.
         """
 
     @abc.abstractmethod

@@ -47,6 +47,8 @@ WELCOME_TIMEOUT = 1.0
 """Seconds for the kernel's ``iopub_welcome``. A kernel whose iopub is no XPUB sends none."""
 DRAIN_TIMEOUT = 0.2
 """Seconds after a streamed call's reply for its last events: iopub is another socket, and may be behind."""
+CANCEL_PAUSES = (0.0, 0.05, 0.5, 2.0)
+"""Seconds before each try to cancel a call that nobody waits for: control may overtake the call on shell."""
 RECONNECT_MS = 20
 """A kernel that is still starting has not bound its ports; ZMQ's default tries every 100 ms."""
 
@@ -114,6 +116,7 @@ class KernelConnection:
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._waiting: dict[str, _Waiting] = {}
         self._abandoned: dict[str, None] = {}
+        self._cancels: set[asyncio.Task[None]] = set()
         self._welcomed = asyncio.Event()
         self._failure: Callable[[Command | None], errors.DSPexError] | None = None
         self._closed = False
@@ -133,8 +136,9 @@ class KernelConnection:
 
     async def close(self) -> None:
         """Answer whoever still waits with ``ServiceClosed``, end the readers, close the sockets."""
+        tasks = [*self._readers.values(), *self._cancels]
         self.drop()
-        await asyncio.gather(*self._readers.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def drop(self) -> None:
         """As ``close``, where nothing can be awaited: the readers end on the loop's next turn."""
@@ -142,8 +146,8 @@ class KernelConnection:
             return
         self._closed = True
         self.fail_all(lambda _: errors.ServiceClosed(f"the connection to kernel {self.name} was closed"))
-        for reader in self._readers.values():
-            reader.cancel()
+        for task in (*self._readers.values(), *self._cancels):
+            task.cancel()
         for socket in self._sockets.values():
             socket.close(linger=0)
         self._sockets.clear()
@@ -215,7 +219,7 @@ class KernelConnection:
         except (asyncio.CancelledError, TimeoutError) as stop:
             self._abandon(message_id)
             if not row.control:
-                self._send_cancel(session_id, request_id or message_id)
+                self._start_cancel(session_id, request_id or message_id, message_id)
             if isinstance(stop, asyncio.CancelledError):
                 raise
             raise errors.CommandTimeout(
@@ -401,20 +405,29 @@ class KernelConnection:
         if len(self._abandoned) > MAX_ABANDONED:
             del self._abandoned[next(iter(self._abandoned))]
 
-    def _send_cancel(self, session_id: str | None, request_id: str) -> None:
-        """Tell the kernel that nobody waits for a call any more; nobody waits for the answer to that either."""
-        if self._failure is not None:
-            return
-        request = messages.Request(session_id=session_id, command="cancel", args={"request_id": request_id})
-        message = self._messages.msg(messages.REQUEST, request.model_dump())
-        self._abandon(message["header"]["msg_id"])
-        sent = asyncio.ensure_future(self._sockets["control"].send_multipart(self._messages.serialize(message)))
-        sent.add_done_callback(_log_failed_send)
+    def _start_cancel(self, session_id: str | None, request_id: str, message_id: str) -> None:
+        if self._failure is None:
+            task = asyncio.create_task(self._cancel(session_id, request_id, message_id))
+            self._cancels.add(task)
+            task.add_done_callback(self._cancels.discard)
 
-
-def _log_failed_send(sent: asyncio.Future[Any]) -> None:
-    if not sent.cancelled() and sent.exception() is not None:
-        _log.warning("a cancel could not be sent: %s", sent.exception())
+    async def _cancel(self, session_id: str | None, request_id: str, message_id: str) -> None:
+        """Tell the kernel that nobody waits for a call any more, until it has stopped it or answered it."""
+        row = get_command("cancel")
+        request = messages.Request(session_id=session_id, command=row.name, args={"request_id": request_id})
+        for pause in CANCEL_PAUSES:
+            await asyncio.sleep(pause)
+            if message_id not in self._abandoned:
+                return
+            message = self._messages.msg(messages.REQUEST, request.model_dump())
+            try:
+                reply = await self._ask("control", message, row.timeout_s or DEFAULT_TIMEOUT, row, None)
+                if _result(reply).get("cancelled"):
+                    return
+            except (errors.DSPexError, TimeoutError) as failure:
+                self._abandon(message["header"]["msg_id"])
+                _log.warning("kernel %s: call %s could not be cancelled: %s", self.name, request_id, failure)
+                return
 
 
 def _result(content: Mapping[str, Any]) -> dict[str, Any]:

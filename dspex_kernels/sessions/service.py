@@ -12,8 +12,7 @@ import asyncio
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -26,21 +25,13 @@ from traitlets.config import LoggingConfigurable
 
 from dspex_kernels import config, errors
 from dspex_kernels.protocol import journal, names
-from dspex_kernels.protocol.commands import COMMANDS, Command, ConfigureArgs, LMProfileArgs, get_command
+from dspex_kernels.protocol.commands import COMMANDS, Command, get_command
 from dspex_kernels.protocol.messages import first_problem
-from dspex_kernels.protocol.records import (
-    Change,
-    LMProfile,
-    ProgramDeleted,
-    ProgramPut,
-    SessionContents,
-    SessionReset,
-    SettingsChanged,
-)
-from dspex_kernels.protocol.states import SessionStatus, move
+from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import Call, Place, SessionBackend
 from dspex_kernels.sessions.dedicated import DedicatedBackend
-from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, EventListener
+from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, MAX_PENDING, EventListener
+from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.model import SessionInfo, SessionRecord
 from dspex_kernels.sessions.session import Session
 from dspex_kernels.sessions.store import MAX_PAGE, SessionStore, default_store_url
@@ -50,71 +41,6 @@ STOP_TIMEOUT = 20.0
 """Seconds in which running calls and folds must have ended when the service stops."""
 TOUCH_INTERVAL = 10.0
 """Seconds between two writes of a session's ``last_activity``: reads need not cost a write each."""
-
-
-@dataclass(eq=False)
-class _Live:
-    """A session as the service holds it, with or without a place. Its contents are the store's to hold."""
-
-    record: SessionRecord
-    """Without its contents."""
-    last_activity: datetime
-    status: SessionStatus = SessionStatus.HIBERNATED
-    programs: dict[str, None] = field(default_factory=dict)
-    """The programs' ids, in the order of their making."""
-    lm: LMProfile | None = None
-    """The LM profile that the session's journal tells, without its key."""
-    opening: asyncio.Task[None] | None = None
-    folding: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One reader of the journal at a time, so that its changes reach the store in order."""
-    queued: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    """Calls with a ``request_id`` that wait for the place; ``cancel`` resolves them."""
-    lm_with_key: LMProfileArgs | None = None
-    """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
-    touched: float = 0.0
-    reason: str = ""
-    """Why it is hibernated or failed, for messages."""
-
-    @classmethod
-    def of(cls, record: SessionRecord, reason: str = "") -> Self:
-        """A session that has no place yet."""
-        return cls(
-            record.model_copy(update={"contents": SessionContents()}),
-            record.last_activity,
-            programs=dict.fromkeys(record.contents.programs),
-            lm=record.contents.settings.lm,
-            reason=reason,
-        )
-
-    @property
-    def session_id(self) -> str:
-        return self.record.session_id
-
-    @property
-    def directory(self) -> Path:
-        assert self.record.directory is not None  # every session of a dedicated kernel has one
-        return Path(self.record.directory)
-
-    def note(self, **changed: Any) -> None:
-        """Change fields of the record."""
-        self.record = self.record.model_copy(update=changed)
-
-    def apply(self, change: Change) -> None:
-        """Take in what is told about a session without asking the store."""
-        match change:
-            case ProgramPut(record=record):
-                self.programs.setdefault(record.program_id)
-            case ProgramDeleted(program_id=program_id):
-                self.programs.pop(program_id, None)
-            case SettingsChanged(settings=settings):
-                self.lm = settings.lm
-            case SessionReset():
-                self.programs.clear()
-                self.lm = None
-
-    def become(self, target: SessionStatus, reason: str = "") -> None:
-        self.status = move(self.session_id, self.status, target)
-        self.reason = reason
 
 
 class SessionService(LoggingConfigurable):
@@ -170,10 +96,10 @@ class SessionService(LoggingConfigurable):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._sessions: dict[str, _Live] = {}
+        self._sessions: dict[str, LiveSession] = {}
         self._leaving: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._calls: set[asyncio.Future[None]] = set()
         self._backends: dict[str, SessionBackend] = {}
         self._store: SessionStore | None = None
         self._running = False
@@ -201,7 +127,7 @@ class SessionService(LoggingConfigurable):
         while True:
             page = await self._the_store.list(limit=MAX_PAGE, after=cursor)
             for record in page.records:
-                live = _Live.of(record, reason="the service was started anew")
+                live = LiveSession.of(record, reason="the service was started anew")
                 if record.status is SessionStatus.DESTROYED:
                     await self._remove(live)
                 else:
@@ -225,11 +151,11 @@ class SessionService(LoggingConfigurable):
         try:
             await asyncio.gather(*(backend.stop() for backend in self._backends.values()))
         finally:
-            pending = (self._calls | self._tasks) - {asyncio.current_task()}
-            if pending:
+            if pending := self._calls | self._tasks:
                 await asyncio.wait(pending, timeout=STOP_TIMEOUT)
             for live in opened:
                 await self._fold(live)
+                await self._save_activity(live)
             if self._store is not None:
                 await self._store.close()
                 self._store = None
@@ -265,18 +191,20 @@ class SessionService(LoggingConfigurable):
         """
         self._check_running()
         record = self._new_record(owner, backend or self.backend, session_id)
-        live = _Live.of(record)
+        live = LiveSession.of(record)
         self._sessions[record.session_id] = live  # counted from here on, while it starts
-        try:
-            await self._the_store.create(record)
-            deadline = asyncio.get_running_loop().time() + self.kernel_start_timeout + self.command_timeout
-            await self._ensure_open(live, deadline, "create_session", None)
-            if lm is not None:
-                await self.call(record.session_id, "configure", {"lm": lm if isinstance(lm, str) else dict(lm)})
-        except BaseException:
-            if self._sessions.get(record.session_id) is live:
-                await asyncio.shield(self._spawn(self._destroy(live)))
-            raise
+        with self._counted():
+            try:
+                await self._the_store.create(record)
+                deadline = asyncio.get_running_loop().time() + self.kernel_start_timeout + self.command_timeout
+                await self._ensure_open(live, deadline, "create_session", None)
+                if lm is not None:
+                    args = {"lm": lm if isinstance(lm, str) else dict(lm)}
+                    await self._ask(live, COMMANDS["configure"], Call("configure", args, self.command_timeout))
+            except BaseException:
+                if self._sessions.get(record.session_id) is live:
+                    await asyncio.shield(self._spawn(self._destroy(live)))
+                raise
         return ServiceSession(self, record.session_id)
 
     def get_session(self, session_id: str) -> ServiceSession:
@@ -395,23 +323,29 @@ class SessionService(LoggingConfigurable):
         given = dict(args or {})
         if command == "cancel" and (withdrawn := self._cancel_queued(live, given)) is not None:
             return {"cancelled": withdrawn}
-        task = asyncio.current_task()
-        assert task is not None
-        self._calls.add(task)
-        try:
-            seconds = timeout or self._default_timeout(row)
-            deadline = asyncio.get_running_loop().time() + seconds
-            await self._ensure_open(live, deadline, command, request_id, wait=timeout is None or timeout > 0)
-            left = deadline - asyncio.get_running_loop().time()
+        with self._counted():
+            deadline = asyncio.get_running_loop().time() + (timeout or self._default_timeout(row))
+            await self._ensure_open(live, deadline, command, request_id, wait=timeout != 0)
+            # The start may have taken it all, and 0 would be no deadline.
+            left = max(deadline - asyncio.get_running_loop().time(), 0.001)
             return await self._ask(live, row, Call(command, given, left, request_id, stream, on_event))
-        finally:
-            self._calls.discard(task)
 
-    async def _ask(self, live: _Live, row: Command, call: Call) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """While this lasts, ``stop()`` waits for it."""
+        mark = asyncio.get_running_loop().create_future()
+        self._calls.add(mark)
+        try:
+            yield
+        finally:
+            self._calls.discard(mark)
+            mark.set_result(None)
+
+    async def _ask(self, live: LiveSession, row: Command, call: Call) -> dict[str, Any]:
         """Carry a call to the session's place; fold what it changed."""
         try:
             result = await self._backend_of(live).call(live.session_id, call)
-            self._remember_key(live, row, call.args)
+            live.remember_key(row, call.args)
             return result
         finally:
             if not row.control:
@@ -423,7 +357,7 @@ class SessionService(LoggingConfigurable):
     def _default_timeout(self, row: Command) -> float:
         return (row.timeout_s or DEFAULT_TIMEOUT) if row.control else self.command_timeout
 
-    def _cancel_queued(self, live: _Live, args: Mapping[str, Any]) -> bool | None:
+    def _cancel_queued(self, live: LiveSession, args: Mapping[str, Any]) -> bool | None:
         """Cancel a call that still waits for its kernel. None when the kernel is to be asked."""
         COMMANDS["cancel"].parse(args)
         queued = live.queued.get(str(args.get("request_id")))
@@ -434,7 +368,7 @@ class SessionService(LoggingConfigurable):
         return None if live.status is SessionStatus.READY else False
 
     async def _ensure_open(
-        self, live: _Live, deadline: float, command: str, request_id: str | None, *, wait: bool = True
+        self, live: LiveSession, deadline: float, command: str, request_id: str | None, *, wait: bool = True
     ) -> None:
         """Return when the session has a place; opening it is shared by all who wait.
 
@@ -445,7 +379,9 @@ class SessionService(LoggingConfigurable):
             KernelError: Opening failed.
         """
         if live.status is SessionStatus.READY:
-            return
+            if self._backend_of(live).get_place(live.session_id) is not None:
+                return
+            live.become(SessionStatus.HIBERNATED, "its place was lost")
         if live.opening is None:
             live.opening = self._spawn(self._open(live))
         if not wait:
@@ -454,6 +390,12 @@ class SessionService(LoggingConfigurable):
                 f"session {live.session_id!r} has no kernel yet{because}; one is being started: call again, or "
                 "give the call time to wait",
                 details={"session_id": live.session_id, "status": str(live.status)},
+                retry_after=1.0,
+            )
+        if len(live.queued) >= MAX_PENDING:
+            raise errors.SessionLimitReached(
+                f"{MAX_PENDING} calls wait for session {live.session_id!r} to start, the limit: call again later",
+                details={"pending": len(live.queued), "limit": MAX_PENDING},
                 retry_after=1.0,
             )
         opening = live.opening
@@ -469,7 +411,9 @@ class SessionService(LoggingConfigurable):
             del live.queued[key]
         self._check_opened(live, opening, command, cancelled=withdrawn.done())
 
-    def _check_opened(self, live: _Live, opening: asyncio.Task[None], command: str, *, cancelled: bool) -> None:
+    def _check_opened(
+        self, live: LiveSession, opening: asyncio.Task[None], command: str, *, cancelled: bool
+    ) -> None:
         if cancelled:
             raise errors.CommandCancelled(f"{command} was cancelled while session {live.session_id!r} started")
         if not opening.done():
@@ -488,7 +432,7 @@ class SessionService(LoggingConfigurable):
         if failure is not None:
             raise failure
 
-    async def _open(self, live: _Live) -> None:
+    async def _open(self, live: LiveSession) -> None:
         """Give a session its next place. Runs as ``live.opening``."""
         live.become(SessionStatus.STARTING)
         backend = self._backend_of(live)
@@ -498,7 +442,8 @@ class SessionService(LoggingConfigurable):
             await self._the_store.set_generation(live.session_id, generation)
             live.note(generation=generation)
             await backend.open(live.record, timeout=self.kernel_start_timeout)
-            await self._repeat_key(live, backend)
+            if (lm := live.keyed_lm()) is not None:
+                await backend.call(live.session_id, Call("configure", {"lm": lm}, self.command_timeout))
             if live.status is SessionStatus.STARTING:
                 live.become(SessionStatus.READY)
         except BaseException as failure:
@@ -522,27 +467,7 @@ class SessionService(LoggingConfigurable):
             live.become(SessionStatus.HIBERNATED, why)
         self._spawn(self._fold(live))
 
-    def _remember_key(self, live: _Live, row: Command, args: Mapping[str, Any]) -> None:
-        if row.name == "reset":
-            live.lm_with_key = None
-        elif row.name == "configure" and "lm" in args:
-            given: ConfigureArgs = row.parse(args)
-            profile = given.lm if isinstance(given.lm, LMProfileArgs) else None
-            live.lm_with_key = profile if profile is not None and profile.api_key is not None else None
-
-    async def _repeat_key(self, live: _Live, backend: SessionBackend) -> None:
-        """Tell a new kernel the key that only the service's memory holds."""
-        profile = live.lm_with_key
-        if profile is None or profile.api_key is None:
-            return
-        if live.lm is None or live.lm.model_dump() != profile.profile().model_dump():
-            live.lm_with_key = None  # the session has been given another LM since, from inside its kernel
-            return
-        args = profile.model_dump(mode="json", exclude_unset=True)
-        args["api_key"] = profile.api_key.get_secret_value()
-        await backend.call(live.session_id, Call("configure", {"lm": args}, self.command_timeout))
-
-    async def _fold(self, live: _Live) -> None:
+    async def _fold(self, live: LiveSession) -> None:
         """Take the new part of a session's journal into the store.
 
         A failure is logged and not raised: the journal itself is durable, and the next fold takes it up.
@@ -562,14 +487,22 @@ class SessionService(LoggingConfigurable):
             except (errors.DSPexError, OSError):
                 self.log.exception("session %s: its journal could not be taken into the store", live.session_id)
 
-    def _touch(self, live: _Live) -> None:
+    def _touch(self, live: LiveSession) -> None:
         now = asyncio.get_running_loop().time()
         live.last_activity = datetime.now(UTC)
         if now - live.touched >= TOUCH_INTERVAL and self._running:
             live.touched = now
-            self._spawn(self._the_store.touch(live.session_id, live.last_activity))
+            self._spawn(self._save_activity(live))
 
-    async def _destroy(self, live: _Live) -> None:
+    async def _save_activity(self, live: LiveSession) -> None:
+        if self._store is None or live.status is SessionStatus.DESTROYED:
+            return
+        try:
+            await self._store.touch(live.session_id, live.last_activity)
+        except errors.DSPexError:
+            self.log.exception("session %s: its last activity could not be kept", live.session_id)
+
+    async def _destroy(self, live: LiveSession) -> None:
         session_id = live.session_id
         live.become(SessionStatus.DESTROYED)
         self._leaving.add(session_id)
@@ -590,7 +523,7 @@ class SessionService(LoggingConfigurable):
         finally:
             self._leaving.discard(session_id)
 
-    async def _remove(self, live: _Live) -> None:
+    async def _remove(self, live: LiveSession) -> None:
         """Remove what outlived a session's kernel: the directory, then the record that names it."""
         await asyncio.to_thread(shutil.rmtree, live.directory, ignore_errors=True)
         await self._the_store.delete(live.session_id)
@@ -611,7 +544,7 @@ class SessionService(LoggingConfigurable):
                 "the session service does not run: use it as `async with SessionService() as service`"
             )
 
-    def _get_live(self, session_id: str) -> _Live:
+    def _get_live(self, session_id: str) -> LiveSession:
         self._check_running()
         live = self._sessions.get(session_id)
         if live is None:
@@ -682,10 +615,10 @@ class SessionService(LoggingConfigurable):
                 details={"backend": str(name)[:64]},
             ) from None
 
-    def _backend_of(self, live: _Live) -> SessionBackend:
+    def _backend_of(self, live: LiveSession) -> SessionBackend:
         return self._get_backend(live.record.backend)
 
-    def _info(self, live: _Live) -> SessionInfo:
+    def _info(self, live: LiveSession) -> SessionInfo:
         place = self._backend_of(live).get_place(live.session_id)
         return SessionInfo(
             session_id=live.session_id,

@@ -514,6 +514,7 @@ def test_inspection_shows_the_help(shell):
         ("%dspex create new --mod", {"--module"}),
         ("%dspex create new --module Chain", {"ChainOfThought"}),
         ("%dspex create new --adapter j", {"json"}),
+        ('%dspex create new "a -> b" --adapter=j', {"json"}),
         ("%dspex create new --tools look", {"look_up"}),
         ("%dspex configure budget.u", {"budget.usd="}),
         ("%dspex configure adapter=j", {"adapter=json"}),
@@ -529,7 +530,7 @@ def test_completion_replaces_the_piece_before_the_cursor(shell, text, expected):
 
     with provisionalcompleter():
         found = list(rectify_completions(text, shell.Completer.completions(text, len(text))))
-    piece = text.split()[-1] if not text.endswith(" ") else ""
+    piece = text.split()[-1].removeprefix("--adapter=") if not text.endswith(" ") else ""
     assert {one.text for one in found} == expected
     assert {(one.start, one.end) for one in found} == {(len(text) - len(piece), len(text))}
 

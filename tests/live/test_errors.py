@@ -200,7 +200,11 @@ def test_a_policy_refuses_models_hosts_and_variables(lm_server: LMServer) -> Non
     refused = {
         "model": {"model": "anthropic/claude-sonnet-4-6", "api_key": KEY},
         "host": {"model": "openai/x", "api_base": "http://127.0.0.1:1/v1", "api_key": KEY},
-        "userinfo": {"model": "openai/x", "api_base": f"http://127.0.0.1:{lm_server.port}@127.0.0.2/v1", "api_key": KEY},
+        "userinfo": {
+            "model": "openai/x",
+            "api_base": f"http://127.0.0.1:{lm_server.port}@127.0.0.2/v1",
+            "api_key": KEY,
+        },
         "variable": {"model": "openai/x", "api_key_env": "SECRET_OF_THE_SERVICE"},
         "pair": {"model": "openai/x", "api_key_env": "ALLOWED_KEY", "api_base": lm_server.api_base},
         "implicit key": {"model": "openai/x", "api_base": lm_server.api_base},
@@ -220,7 +224,7 @@ def test_the_table_covers_every_code_that_a_kernel_answers_with() -> None:
     elsewhere = {
         "interrupted", "cancelled", "kernel_died",  # test_kernel_interrupts, test_gate, test_kernel_commands
         "policy_denied",  # above
-        "duplicate_request", "program_limit", "tool_changed", "not_portable", "program_failed",  # test_programs_live
+        "duplicate_request", "program_limit", "tool_changed", "not_portable", "program_failed",  # test_programs
         "dependency_missing", "internal_error", "kernel_start_failed", "not_a_dspex_kernel", "session_exists",
         "session_not_found", "session_status", "session_limit", "invalid_session", "service_closed", "store_error",
     }  # fmt: skip

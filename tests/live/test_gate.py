@@ -47,6 +47,36 @@ def wired(kernel: LiveKernel, lm_server: LMServer) -> LiveKernel:
     return kernel
 
 
+class Counts:
+    """What the session's statistics say since the test began."""
+
+    def __init__(self, kernel: LiveKernel) -> None:
+        self._kernel = kernel
+        self._before = self._now()
+
+    def _now(self) -> dict[str, int]:
+        stats = self._kernel.result("get_stats", control=True)
+        failed = sum(model["failed_calls"] for model in stats["lm"].values())
+        return {
+            "lm_calls": stats["lm_calls"],
+            "failed_calls": failed,
+            "total_tokens": stats["total_tokens"],
+            "cache_hits": stats["cache_hits"],
+        }
+
+    def __getitem__(self, name: str) -> int:
+        return self._now()[name] - self._before[name]
+
+    def allow(self, more: int, what: str = "lm_calls", counted: str = "lm_calls") -> None:
+        """Set the session's budget to what is spent and ``more``."""
+        self._kernel.result("configure", {"budget": {what: self._now()[counted] + more}})
+
+
+@pytest.fixture
+def counts(wired: LiveKernel) -> Counts:
+    return Counts(wired)
+
+
 def _ask(program: str, question: str = "why?") -> dict[str, Any]:
     return {"id": program, "inputs": {"question": question}}
 
@@ -73,7 +103,7 @@ def test_after_a_cancel_no_request_arrives(
 
 
 def test_each_endpoint_and_key_gets_its_own_request(
-    wired: LiveKernel, lm_server: LMServer, make_lm_server: Callable[[], LMServer]
+    wired: LiveKernel, lm_server: LMServer, make_lm_server: Callable[[], LMServer], counts: Counts
 ) -> None:
     other = make_lm_server()
     answers = []
@@ -82,18 +112,18 @@ def test_each_endpoint_and_key_gets_its_own_request(
         answers.append(wired.result("execute_program", _ask("Predict"))["outputs"]["answer"])
         answers.append(wired.result("execute_program", _ask("Predict"))["outputs"]["answer"])
     assert (len(lm_server.requests), len(other.requests)) == (1, 2)
-    assert answers[0] == answers[1] and answers[4] == answers[5] != answers[2]
-    assert wired.result("get_stats", control=True)["cache_hits"] == 3
+    assert answers[0] == answers[1]
+    assert answers[4] == answers[5] != answers[2]
+    assert counts["cache_hits"] == 3
 
 
 def test_the_gate_retries_what_may_be_repeated_and_counts_each_attempt(
-    wired: LiveKernel, lm_server: LMServer
+    wired: LiveKernel, lm_server: LMServer, counts: Counts
 ) -> None:
     lm_server.behaviour = Sequence([Status(503), Status(429, retry_after=0.05), lm_server.behaviour])
     result = wired.result("execute_program", _ask("Predict"))
     assert result["lm_calls"] == len(lm_server.requests) == 3
-    stats = wired.result("get_stats", control=True)["lm"]["openai/canary-model"]
-    assert (stats["lm_calls"], stats["failed_calls"]) == (3, 2)
+    assert (counts["lm_calls"], counts["failed_calls"]) == (3, 2)
 
 
 def test_what_may_not_be_repeated_is_sent_once(wired: LiveKernel, lm_server: LMServer) -> None:
@@ -102,41 +132,39 @@ def test_what_may_not_be_repeated_is_sent_once(wired: LiveKernel, lm_server: LMS
     assert len(lm_server.requests) == 1
 
 
-def test_a_call_of_many_requests_is_counted_whole(wired: LiveKernel, lm_server: LMServer) -> None:
+def test_a_call_of_many_requests_is_counted_whole(wired: LiveKernel, lm_server: LMServer, counts: Counts) -> None:
     result = wired.result("execute_program", _ask("BestOfN"))
     assert result["lm_calls"] == len(lm_server.requests) == 5
-    stats = wired.result("get_stats", control=True)
-    assert stats["lm_calls"] == 5
-    sent = sum(u["total_tokens"] for u in result["usage"].values())
-    assert stats["total_tokens"] == sent > 0
+    assert counts["lm_calls"] == 5
+    assert counts["total_tokens"] == sum(u["total_tokens"] for u in result["usage"].values()) > 0
 
 
 def test_dspys_second_call_on_an_unreadable_answer_is_seen_and_can_be_switched_off(
-    wired: LiveKernel, lm_server: LMServer
+    wired: LiveKernel, lm_server: LMServer, counts: Counts
 ) -> None:
     lm_server.behaviour = Junk("no field of yours")
     error = wired.error("execute_program", _ask("Predict"))
     assert error["code"] == "adapter_parse_error"
-    assert wired.result("get_stats", control=True)["lm_calls"] == len(lm_server.requests) == 2
+    assert counts["lm_calls"] == len(lm_server.requests) == 2
     _configure(wired, lm_server, json_fallback=False)
     wired.error("execute_program", _ask("Predict", "and now?"))
     assert len(lm_server.requests) == 3
 
 
-def test_a_budget_on_calls_stops_before_the_request(wired: LiveKernel, lm_server: LMServer) -> None:
-    wired.result("configure", {"budget": {"lm_calls": 2}})
+def test_a_budget_on_calls_stops_before_the_request(wired: LiveKernel, lm_server: LMServer, counts: Counts) -> None:
+    counts.allow(2)
     error = wired.error("execute_program", _ask("BestOfN"))
     assert error["code"] == "budget_exceeded"
     assert len(lm_server.requests) == 2
 
 
-def test_concurrent_calls_cannot_pass_a_budget_together(wired: LiveKernel, lm_server: LMServer) -> None:
-    spent = wired.result("get_stats", control=True)
-    wired.result("configure", {"budget": {"lm_calls": 5}})
+def test_concurrent_calls_cannot_pass_a_budget_together(
+    wired: LiveKernel, lm_server: LMServer, counts: Counts
+) -> None:
+    counts.allow(5)
     calls = [wired.send("execute_program", _ask("Predict", f"question {n}")) for n in range(20)]
     answers = [wired.reply(call) for call in calls]
-    assert spent["budget"]["lm_calls"] is None
-    assert sum(a["status"] == "ok" for a in answers) == len(lm_server.requests) <= 5
+    assert sum(a["status"] == "ok" for a in answers) == len(lm_server.requests) == 5
     assert {a["error"]["code"] for a in answers if a["status"] != "ok"} == {"budget_exceeded"}
 
 
@@ -146,8 +174,10 @@ def test_a_budget_of_one_call_leaves_the_sessions_alone(wired: LiveKernel, lm_se
     wired.result("execute_program", _ask("Predict"))
 
 
-def test_a_budget_on_tokens_refuses_a_prompt_that_does_not_fit(wired: LiveKernel, lm_server: LMServer) -> None:
-    wired.result("configure", {"budget": {"tokens": 10}})
+def test_a_budget_on_tokens_refuses_a_prompt_that_does_not_fit(
+    wired: LiveKernel, lm_server: LMServer, counts: Counts
+) -> None:
+    counts.allow(10, "tokens", "total_tokens")
     assert wired.error("execute_program", _ask("Predict"))["code"] == "budget_exceeded"
     assert lm_server.requests == []
 
@@ -173,15 +203,15 @@ def test_a_key_that_a_provider_echoes_reaches_nobody(wired: LiveKernel, lm_serve
         assert KEY not in told
 
 
-def test_a_cells_own_requests_pass_the_gate_too(wired: LiveKernel, lm_server: LMServer) -> None:
+def test_a_cells_own_requests_pass_the_gate_too(wired: LiveKernel, lm_server: LMServer, counts: Counts) -> None:
     wired.run("import dspy; dspy.Predict('question -> answer')(question='from a cell')")
     wired.run(
         f"mine = dspy.LM('openai/canary-model', api_base={lm_server.api_base!r}, api_key={KEY!r})\n"
         "with dspy.context(lm=mine):\n"
         "    await dspy.Predict('question -> answer').acall(question='an LM of the cell')"
     )
-    assert wired.result("get_stats", control=True)["lm_calls"] == len(lm_server.requests) == 2
-    wired.result("configure", {"budget": {"lm_calls": 1}})
+    assert counts["lm_calls"] == len(lm_server.requests) == 2
+    counts.allow(0)
     cell = wired.reply(wired.execute("dspy.Predict('question -> answer')(question='one more')"))
     assert cell["status"] == "error"
     assert len(lm_server.requests) == 2
@@ -212,9 +242,7 @@ def test_dspy_configure_in_a_cell_is_the_sessions_setting(
     assert len(lm_server.requests) == 1
 
 
-def test_clients_of_an_lm_are_closed_when_another_takes_its_place(
-    wired: LiveKernel, lm_server: LMServer
-) -> None:
+def test_clients_of_an_lm_are_closed_when_another_takes_its_place(wired: LiveKernel, lm_server: LMServer) -> None:
     def sockets() -> int:
         return len([c for c in psutil_connections(wired.pid) if c.raddr and c.raddr.port == lm_server.port])
 

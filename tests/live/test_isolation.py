@@ -70,9 +70,7 @@ def test_no_session_ever_sees_anothers_canary(
         kind = KINDS[(number // SESSIONS) % len(KINDS)]["id"]
         args = {"id": kind, "inputs": {"question": f"the same for all, {number // (SESSIONS * len(KINDS))}?"}}
         stream = number % 3 == 0
-        message = home[session].send(
-            "execute_program", args, session_id=session, stream=stream, timeout_s=120.0
-        )
+        message = home[session].send("execute_program", args, session_id=session, stream=stream, timeout_s=120.0)
         sent.append((session, message))
     for kernel in pool:
         wait_for(

@@ -82,7 +82,9 @@ class MemoryBackend(SessionBackend):
 
     async def call(self, session_id: str, call: Call) -> dict[str, Any]:
         self.asked.append((session_id, call))
-        room = self._rooms[session_id]
+        room = self._rooms.get(session_id)
+        if room is None:
+            raise errors.SessionNotReady(f"session {session_id!r} has no place")
         row = get_command(call.command)
         work = asyncio.ensure_future(self._answer(room, row, row.parse(call.args)))
         failure: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -173,7 +173,7 @@ def test_a_cancelled_caller_has_its_call_cancelled_in_the_kernel_and_the_cancell
             assert cancel["content"]["args"] == {"request_id": "mine"}
             assert cancel["content"]["session_id"] == "s1"
             await link.request("ping")
-            assert link.strays == 0, "the cancel's own reply is awaited by nobody, and is no stray"
+            assert link.strays == 0
 
     run(work())
 
@@ -190,6 +190,24 @@ def test_a_call_without_a_name_is_cancelled_by_its_message_id():
             await asyncio.wait({call})
             await wait_until(lambda: len(kernel.requests) == 2, what="the cancel")
             assert kernel.requests[1]["content"]["args"] == {"request_id": kernel.requests[0]["header"]["msg_id"]}
+
+    run(work())
+
+
+def test_a_cancel_that_overtakes_its_call_is_repeated():
+    async def work() -> None:
+        async def too_early_once(kernel: ScriptedKernel, message: dict[str, Any]) -> dict[str, Any] | None:
+            if message["channel"] == "shell":
+                return None
+            return ok({"cancelled": commands(kernel).count("cancel") == 2})
+
+        async with ScriptedKernel(too_early_once) as kernel, KernelConnection(kernel.connection_info) as link:
+            call = asyncio.create_task(link.request("execute_program", {"program_id": "p"}))
+            await wait_until(lambda: kernel.requests, what="the request")
+            call.cancel()
+            await asyncio.wait({call})
+            await wait_until(lambda: commands(kernel).count("cancel") == 2, what="the second cancel")
+            await wait_until(lambda: link.pending == 0, what="its answer")
 
     run(work())
 

@@ -169,6 +169,16 @@ class TestOpening:
 
         run(work())
 
+    def test_a_place_that_is_lost_just_as_it_opened_is_opened_again(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                await service.memory.close("s")  # and nobody was told
+                assert await session.list_programs() == []
+                assert (await service.get_session_info("s")).generation == 2
+
+        run(work())
+
     def test_a_call_without_time_to_wait_is_told_the_status_and_the_start_goes_on(self, make):
         async def work() -> None:
             async with make() as service:
@@ -452,6 +462,34 @@ class TestStopping:
                 with pytest.raises(errors.ServiceClosed):
                     await attempt
             await service.stop()
+
+        run(work())
+
+    def test_a_creation_that_the_stop_interrupts_leaves_no_session(self, make):
+        async def work() -> None:
+            service = await make().start()
+            service.memory.gate.clear()
+            creating = asyncio.create_task(service.create_session(session_id="late"))
+            await wait_until(lambda: service.memory.opened, what="the start")
+            await service.stop()
+            with pytest.raises(errors.ServiceClosed):
+                await creating
+            async with make() as service:
+                assert await service.list_sessions() == []
+
+        run(work())
+
+    def test_the_last_activity_outlives_the_service(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                for _ in range(3):
+                    await session.list_programs()
+                last = (await service.get_session_info("s")).last_activity
+                await session.ping()
+                assert (await service.get_session_info("s")).last_activity == last, "control is no activity"
+            async with make() as service:
+                assert (await service.get_session_info("s")).last_activity == last
 
         run(work())
 

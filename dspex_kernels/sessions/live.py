@@ -1,0 +1,111 @@
+"""A session as the service holds it in memory: its record, its state, and what no store may hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from dspex_kernels.protocol.commands import Command, ConfigureArgs, LMProfileArgs
+from dspex_kernels.protocol.records import (
+    Change,
+    LMProfile,
+    ProgramDeleted,
+    ProgramPut,
+    SessionContents,
+    SessionReset,
+    SettingsChanged,
+)
+from dspex_kernels.protocol.states import SessionStatus, move
+from dspex_kernels.sessions.model import SessionRecord
+
+
+@dataclass(eq=False)
+class LiveSession:
+    """A session as the service holds it, with or without a place. Its contents are the store's to hold."""
+
+    record: SessionRecord
+    """Without its contents."""
+    last_activity: datetime
+    status: SessionStatus = SessionStatus.HIBERNATED
+    programs: dict[str, None] = field(default_factory=dict)
+    """The programs' ids, in the order of their making."""
+    lm: LMProfile | None = None
+    """The LM profile that the session's journal tells, without its key."""
+    opening: asyncio.Task[None] | None = None
+    folding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One reader of the journal at a time, so that its changes reach the store in order."""
+    queued: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    """Calls with a ``request_id`` that wait for the place; ``cancel`` resolves them."""
+    lm_with_key: LMProfileArgs | None = None
+    """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
+    touched: float = 0.0
+    reason: str = ""
+    """Why it is hibernated or failed, for messages."""
+
+    @classmethod
+    def of(cls, record: SessionRecord, reason: str = "") -> Self:
+        """A session that has no place yet."""
+        return cls(
+            record.model_copy(update={"contents": SessionContents()}),
+            record.last_activity,
+            programs=dict.fromkeys(record.contents.programs),
+            lm=record.contents.settings.lm,
+            reason=reason,
+        )
+
+    @property
+    def session_id(self) -> str:
+        return self.record.session_id
+
+    @property
+    def directory(self) -> Path:
+        assert self.record.directory is not None  # every session of a dedicated kernel has one
+        return Path(self.record.directory)
+
+    def note(self, **changed: Any) -> None:
+        """Change fields of the record."""
+        self.record = self.record.model_copy(update=changed)
+
+    def apply(self, change: Change) -> None:
+        """Take in what is told about a session without asking the store."""
+        match change:
+            case ProgramPut(record=record):
+                self.programs.setdefault(record.program_id)
+            case ProgramDeleted(program_id=program_id):
+                self.programs.pop(program_id, None)
+            case SettingsChanged(settings=settings):
+                self.lm = settings.lm
+            case SessionReset():
+                self.programs.clear()
+                self.lm = None
+
+    def become(self, target: SessionStatus, reason: str = "") -> None:
+        self.status = move(self.session_id, self.status, target)
+        self.reason = reason
+
+    def remember_key(self, row: Command, args: Mapping[str, Any]) -> None:
+        """Note the key that a successful command gave, or that it took the keyed LM away."""
+        if row.name == "reset":
+            self.lm_with_key = None
+        elif row.name == "configure" and "lm" in args:
+            given: ConfigureArgs = row.parse(args)
+            profile = given.lm if isinstance(given.lm, LMProfileArgs) else None
+            self.lm_with_key = profile if profile is not None and profile.api_key is not None else None
+
+    def keyed_lm(self) -> dict[str, Any] | None:
+        """The LM profile with its key, as ``configure`` takes it; None where no key is to be told again.
+
+        Only while the journal still tells of that profile: the LM may have been changed from inside the kernel.
+        """
+        profile = self.lm_with_key
+        if profile is None or profile.api_key is None:
+            return None
+        if self.lm is None or self.lm.model_dump() != profile.profile().model_dump():
+            self.lm_with_key = None
+            return None
+        args = profile.model_dump(mode="json", exclude_unset=True)
+        return {**args, "api_key": profile.api_key.get_secret_value()}
