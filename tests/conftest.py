@@ -81,6 +81,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def _process_wide() -> Iterator[None]:
     """Opens what libraries open once per process, so that no test is blamed for it."""
     import zmq
+    import zmq.utils.garbage as garbage
     from jupyter_core.utils import ensure_event_loop
 
     loop = ensure_event_loop()  # blocking Jupyter clients run on it

@@ -21,7 +21,7 @@ from dspex_kernels.kernel.failures import explain
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.secrecy import scrub
 from dspex_kernels.protocol import limits
-from dspex_kernels.protocol.commands import Command, get_command
+from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_command
 from dspex_kernels.protocol.messages import Request, check_size, parse_request
 
 log = logging.getLogger(__name__)
@@ -276,12 +276,12 @@ class Dispatcher:
 
     def _admit(self, ask: Ask, request: Request, command: Command, namespace: Namespace, args: Any) -> Call:
         assert request.request_id is not None
-        seconds = request.timeout_s if request.timeout_s is not None else command.timeout_s
+        seconds = request.timeout_s or command.timeout_s or DEFAULT_TIMEOUT_S
         call = Call(
             namespace,
             command=command.name,
             request_id=request.request_id,
-            deadline=None if seconds is None else time.monotonic() + seconds,
+            deadline=time.monotonic() + seconds,
             budget=getattr(args, "budget", None) if command.reaches_lm else None,
             emit=ask.emit,
             stream=request.stream,

@@ -59,7 +59,8 @@ class Table:
         return _html_table(self.title, f"<thead><tr>{head}</tr></thead>" if head else "", self.rows)
 
     def _repr_json_(self) -> dict[str, Any]:
-        return jsonable(self.data)
+        data: dict[str, Any] = jsonable(self.data)
+        return data
 
 
 class Notice:
@@ -189,7 +190,12 @@ def settings_table(result: dict[str, Any]) -> Table:
     """The answer of ``configure``: the settings that are in force."""
     settings = masked(result["settings"])
     lm = settings.get("lm") or {}
-    rows = [[name, value] for name, value in lm.items() if value not in (None, {}, [])] or [["lm", "none yet"]]
+    told = {
+        name: value
+        for name, value in lm.items()
+        if value not in (None, {}) and (name, value) != ("key_given", False)
+    }
+    rows = [[name, value] for name, value in told.items()] or [["lm", "none yet"]]
     rows.append(["adapter", settings.get("adapter") or "chat (DSPy's default)"])
     limits = {name: limit for name, limit in (settings.get("budget") or {}).items() if limit is not None}
     rows.append(["budget", limits or "no limit"])

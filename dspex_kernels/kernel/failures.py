@@ -42,7 +42,7 @@ def explain(failure: BaseException, call: Call) -> errors.DSPexError:
         case asyncio.CancelledError():
             return call.stopped or errors.CommandCancelled(f"{call.command} was cancelled")
         case dspy.DSPyError():
-            return _provider_failure(failure)
+            return _provider_failure(failure, call)
         case ImportError():
             return errors.DependencyMissing(
                 f"{failure}: install it where the kernel runs", details={"name": failure.name or ""}
@@ -50,14 +50,21 @@ def explain(failure: BaseException, call: Call) -> errors.DSPexError:
     return _program_failed(failure)
 
 
-def _provider_failure(failure: dspy.DSPyError) -> errors.ProviderFailure:
+def _provider_failure(failure: dspy.DSPyError, call: Call) -> errors.ProviderFailure:
     code = failure.code or "provider"
-    text = _cut(failure.message or str(failure))
-    remedy = REMEDIES.get(code)
     known = ("model", "provider", "provider_code", "status", "request_id")
     details = {name: value for name in known if (value := getattr(failure, name, None)) is not None}
+    text = failure.message or str(failure)
+    first, *rest = text.strip().splitlines() or [code]
+    if rest:  # advice in DSPy's own terms
+        details["message"] = _cut(text)
+    if response := getattr(failure, "lm_response", None):
+        details["lm_response"] = _cut(str(response))
+    profile = call.namespace.contents.settings.lm
+    model = details.get("model") or (profile.model if profile is not None else "the language model")
+    remedy = REMEDIES.get(code)
     return errors.ProviderFailure(
-        f"{details.get('model') or 'the language model'}: {text}" + (f" ({remedy})" if remedy else ""),
+        f"{model}: {_cut(first.strip())}" + (f" ({remedy})" if remedy else ""),
         code=code,
         retryable=dspy.is_retryable_lm_error(failure),
         details={**details, "dspy_error": type(failure).__name__},
@@ -67,7 +74,7 @@ def _provider_failure(failure: dspy.DSPyError) -> errors.ProviderFailure:
 
 def _program_failed(failure: BaseException) -> errors.ProgramFailed:
     return errors.ProgramFailed(
-        f"the program failed: {type(failure).__name__}: {_cut(str(failure))}",
+        f"the program failed: {type(failure).__name__}: {' '.join(_cut(str(failure)).split())}",
         ename=type(failure).__name__,
         evalue=_cut(str(failure)),
         traceback=_frames(failure),

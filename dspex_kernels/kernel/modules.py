@@ -1,6 +1,7 @@
 """DSPy modules from data: one row per module, nested modules and rewards included.
 
-A row names what the module's arguments may be (a pydantic model), whether it takes tools, and how it is built. Whole pipelines come from plugins.
+A row names what the module's arguments may be (a pydantic model), whether it takes tools, and how it is built.
+Whole pipelines come from plugins.
 """
 
 from __future__ import annotations
@@ -405,7 +406,9 @@ def _build_pipeline(
 
 
 def _accepts(factory: Any, name: str) -> bool:
-    parameters = arguments_of(factory).parameters
+    # A Module's metaclass takes anything: its own constructor says what it takes.
+    callee = getattr(factory, "__init__") if isinstance(factory, type) else factory  # noqa: B009  # mypy fears it
+    parameters = arguments_of(callee).parameters
     return name in parameters or any(p.kind is Argument.VAR_KEYWORD for p in parameters.values())
 
 

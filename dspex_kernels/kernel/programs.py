@@ -434,7 +434,7 @@ def _own_signature(module: dspy.Module) -> type[dspy.Signature] | None:
         return _own_signature(module.module)
     if isinstance(module, dspy.MultiChainComparison):
         return None
-    own = getattr(module, "signature", None)
+    own: Any = getattr(module, "signature", None)
     if not (isinstance(own, type) and issubclass(own, dspy.Signature)):
         predictors = named_predictors(module)
         own = predictors[0][1].signature if len(predictors) == 1 else None

@@ -215,7 +215,8 @@ def reward_source(reward: Reward) -> str:
 def _plugged(spec: RewardSpec, plugin: Any) -> Reward:
     try:
         if inspect.isclass(plugin):
-            return PluginReward(plugin(**spec.args), {})
+            made: Any = plugin
+            return PluginReward(made(**spec.args), {})
         inspect.signature(plugin).bind({}, None, **spec.args)
     except (TypeError, ValueError) as failure:
         raise errors.InvalidModule(f"reward {spec.name!r} does not take these args: {failure}") from failure

@@ -192,7 +192,7 @@ class Toolbox:
             function = function.func
         if not callable(function):
             raise errors.InvalidArguments(f"a tool is a function or a dspy.Tool, not {type(function).__name__}")
-        known = name or given.get("name") or getattr(function, "__name__", type(function).__name__)
+        known = str(name or given.get("name") or getattr(function, "__name__", type(function).__name__))
         if not _NAME.fullmatch(known) or known in _RESERVED:
             raise errors.InvalidArguments(
                 f"{known[:64]!r} cannot be a tool's name: give one of letters, digits, - and _ (at most 64), "
@@ -245,7 +245,7 @@ def _is_async(function: Any) -> bool:
 
 
 def _fingerprint(tool: dspy.Tool) -> str:
-    args = orjson.loads(orjson.dumps(tool.args, option=orjson.OPT_NON_STR_KEYS, default=str))
+    args = orjson.loads(orjson.dumps(tool.args, option=orjson.OPT_NON_STR_KEYS))
     return schema_hash({"name": tool.name, "description": tool.desc, "args": args})
 
 

@@ -1,290 +1,219 @@
-"""The words of types: a client's text becomes an annotation, and nothing else happens.
+"""The types of a signature's fields, from a client's text or JSON Schema to annotations.
 
-DSPy's own parser looks unknown words up in the caller's frames and then imports a module of that name, so that the
-signature ``"q: this -> a"`` runs the module ``this``. Here a text is parsed, never evaluated, and a word is one of
-``WORDS`` or refused. A type may also be a JSON Schema object: ``schema_types``.
-
-Not here, for they take no JSON: ``dspy.Tool`` and ``dspy.ToolCalls`` (tools are given by name), documents and
-citations.
+Text is parsed with ``ast`` and every word is looked up here: nothing is evaluated, and no module is imported
+because a client named it, as DSPy's own string parser would do.
 """
 
 from __future__ import annotations
 
 import ast
 import datetime
-import functools
+import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType, NoneType
-from typing import Any, Literal, NoReturn
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 import dspy
-import orjson
-import pydantic
-from dspy.adapters.utils import get_annotation_name
-from pydantic_core import PydanticUndefined
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.schema_types import SchemaType, from_schema
+from dspex_kernels.kernel.json_schemas import SchemaReader
+from dspex_kernels.protocol.records import FieldSpec
 
-MAX_TEXT = 10_000
-"""Characters of a type."""
+MAX_TYPE_LENGTH = 2000
+"""Characters of a type's text."""
+MAX_TYPE_DEPTH = 20
+"""Nesting of brackets in a type's text."""
 
-MAX_DEPTH = 16
-"""Nesting of a type's brackets."""
-
-MAX_WORDS = 1000
-"""Words and values in one type."""
-
-_SCALARS: dict[str, Any] = {
-    "str": str, "int": int, "float": float, "bool": bool, "None": NoneType, "Any": Any,
-    "date": datetime.date, "datetime": datetime.datetime, "time": datetime.time,
+_WORDS: Mapping[str, Any] = {
+    "str": str, "int": int, "float": float, "bool": bool, "Any": Any, "None": types.NoneType,
+    "list": list, "dict": dict, "tuple": tuple, "set": set,
+    "date": datetime.date, "datetime": datetime.datetime, "time": datetime.time, "UUID": uuid.UUID,
+    "Image": dspy.Image, "Audio": dspy.Audio, "File": dspy.File, "History": dspy.History,
+    "Code": dspy.Code, "Reasoning": dspy.Reasoning,
 }  # fmt: skip
-_DSPY = {name: getattr(dspy, name) for name in ("Image", "Audio", "File", "History", "Code", "Reasoning")}
-_CONTAINERS: dict[str, Any] = {"list": list, "dict": dict, "tuple": tuple, "set": set}
-_FORMS = ("Optional", "Union", "Literal")
-
-_PLAIN = {**_SCALARS, **_DSPY, **_CONTAINERS}
-_ALIASES = {
-    **{f"datetime.{name}": name for name in ("date", "datetime", "time")},
-    **{f"dspy.{name}": name for name in _DSPY},
-    **{name.capitalize(): name for name in _CONTAINERS},
-    **{f"typing.{name.capitalize()}": name for name in _CONTAINERS},
-    **{f"typing.{name}": name for name in ("Any", *_FORMS)},
+_PREFIXES = {
+    "dspy": {"Image", "Audio", "File", "History", "Code", "Reasoning"},
+    "datetime": {"date", "datetime", "time"},
+    "uuid": {"UUID"},
+    "typing": {"Any", "List", "Dict", "Tuple", "Set", "Literal", "Optional", "Union"},
 }
-
-WORDS = (
-    "str", "int", "float", "bool", "list[T]", "dict[K, V]", "tuple[…]", "set[T]", "Literal[…]", "Optional[T]",
-    "Union[…]", "A | B", "None", "Any", "date", "datetime", "time", *(f"dspy.{name}" for name in _DSPY),
-)  # fmt: skip
-"""What a type's text may say."""
-
-_NOT_JSON = {
-    "Tool": "a tool is given by name, in the program's tools",
-    "ToolCalls": "ReAct calls tools by itself",
-    "bytes": "JSON has no bytes: use str",
-    "object": "use dict[str, Any], or a JSON Schema object",
-    "Enum": "use Literal[…]",
-    "BaseModel": "use a JSON Schema object",
-}
-_HASHABLE = (str, int, float, bool, NoneType, datetime.date, datetime.datetime, datetime.time)
+_SPELLINGS = {"List": "list", "Dict": "dict", "Tuple": "tuple", "Set": "set"}
+_SPEAKABLE = (
+    "str, int, float, bool, Any, None, list[T], dict[K, V], tuple[A, B], set[T], Literal['a', 'b'], Optional[T], "
+    "Union[A, B], A | B, date, datetime, time, UUID, Image, Audio, File, History, Code, Reasoning"
+)
 
 
-@dataclass(frozen=True)
-class FieldType:
-    """What a field takes.
-
-    Attributes:
-        given: As it stands in a record: canonical text, or the JSON Schema.
-        annotation: What DSPy gets.
-        constraints: pydantic's ``Field`` arguments that belong to the annotation (``ge``, ``max_length``, …). DSPy
-            tells them to the model; it does not hold the model's answer to them.
-        default: Used when the field is left out; ``PydanticUndefined`` is none.
-        note: A constraint that DSPy has no words for: a pattern, a format.
-    """
-
-    given: str | dict[str, Any]
-    annotation: Any
-    constraints: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    default: Any = PydanticUndefined
-    note: str = ""
-
-    @functools.cached_property
-    def adapter(self) -> pydantic.TypeAdapter[Any]:
-        """Validates a value; built when it is first used, then kept."""
-        if not self.constraints:
-            return pydantic.TypeAdapter(self.annotation)
-        return pydantic.TypeAdapter(typing.Annotated[self.annotation, pydantic.Field(**self.constraints)])
-
-    @functools.cached_property
-    def label(self) -> str:
-        """A short text for people."""
-        if isinstance(self.given, str):
-            return self.given
-        return str(self.given.get("title") or get_annotation_name(self.annotation))
-
-    @property
-    def may_be_left_out(self) -> bool:
-        """Whether an input of this type may be missing: it has a default, or takes null."""
-        return self.default is not PydanticUndefined or allows_none(self.annotation)
-
-
-def field_type(name: str, given: str | Mapping[str, Any]) -> FieldType:
-    """The type of a field.
+def parse_type(text: str, *, field: str) -> Any:
+    """The annotation that a type's text names.
 
     Args:
-        name: The field's; named in errors, and in the names of the models that a schema makes.
-        given: A text of the words ``WORDS``, or a JSON Schema object.
-
-    Returns:
-        The same object for the same arguments: models made of a schema are not made twice.
+        text: A type expression, up to 2000 characters and 20 brackets deep: ``"list[dict[str, int]] | None"``.
+        field: The field's name, for errors.
 
     Raises:
-        InvalidType: It names the field, the bad word and the words there are.
+        InvalidType: The text is no type expression, or has a word outside the grammar.
     """
-    if isinstance(given, str):
-        return _from_text(name, given)
-    try:
-        # The order of the properties is the order in the prompt, so it is part of the key.
-        return _from_schema(name, orjson.dumps(given))
-    except (TypeError, orjson.JSONEncodeError) as failure:
+    if len(text) > MAX_TYPE_LENGTH:
         raise errors.InvalidType(
-            f"field {name!r}: its JSON Schema is not JSON: {failure}", details={"field": name}
-        ) from None
+            f"The type of field {field!r} has {len(text):,} characters, more than {MAX_TYPE_LENGTH:,}; "
+            "give a JSON Schema instead.",
+            details={"field": field},
+        )
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise errors.InvalidType(
+            f"The type of field {field!r} is not a type expression: {_shown(text)}. There are: {_SPEAKABLE}.",
+            details={"field": field, "type": text},
+        ) from error
+    return _TypeParser(field, text).annotation(tree.body, 0)
 
 
-def allows_none(annotation: Any) -> bool:
-    """Whether null fits."""
-    return annotation in (None, NoneType, Any) or (
-        typing.get_origin(annotation) is typing.Union and NoneType in typing.get_args(annotation)
-    )
+def schema_type(schema: dict[str, Any], *, name: str, field: str) -> Any:
+    """The annotation of a JSON Schema; objects become pydantic models.
+
+    Args:
+        schema: A JSON Schema object; references may only point into itself.
+        name: What a model without a title is called after, in any case: ``"invoice_lines"``.
+        field: The field's name, for errors.
+
+    Raises:
+        InvalidType: The schema has a keyword that cannot be honoured, points outside itself, or is too large.
+    """
+    return SchemaReader(schema, field).annotation(name)
 
 
-@functools.lru_cache(maxsize=256)
-def _from_schema(name: str, schema: bytes) -> FieldType:
-    data = orjson.loads(schema)
-    made: SchemaType = from_schema(name, data)
-    kept = FieldType(data, made.annotation, MappingProxyType(made.constraints), made.default, made.note)
-    return kept
+def annotation_of(spec: FieldSpec) -> Any:
+    """The annotation of a field, however its type is given: validate values with its ``TypeAdapter``.
+
+    Raises:
+        InvalidType: The type is outside the grammar, or its JSON Schema cannot be honoured.
+    """
+    if isinstance(spec.type, str):
+        return parse_type(spec.type, field=spec.name)
+    return schema_type(spec.type, name=spec.name, field=spec.name)
 
 
-@functools.lru_cache(maxsize=1024)
-def _from_text(name: str, text: str) -> FieldType:
-    annotation, canonical = _Reader(name, text).read()
-    return FieldType(canonical, annotation)
+def type_text(given: Any) -> str:
+    """A short text of a type for people: ``"list[str]"``; of a JSON Schema its title, or what kind it is.
+
+    Args:
+        given: A FieldSpec or an annotation.
+    """
+    if not isinstance(given, FieldSpec):
+        return _annotation_text(given)
+    if isinstance(given.type, str):
+        return given.type.strip()
+    title, kind = given.type.get("title"), given.type.get("type", "object")
+    if isinstance(title, str) and title:
+        return title
+    return " | ".join(str(word) for word in kind) if isinstance(kind, list) else str(kind)
 
 
-class _Reader:
-    """Reads one type's text. Each step gives the annotation and its canonical text."""
+class _TypeParser:
+    """Turns the syntax tree of one field's type into its annotation."""
 
-    def __init__(self, name: str, text: str) -> None:
-        self._name = name
+    def __init__(self, field: str, text: str) -> None:
+        self._field = field
         self._text = text
 
-    def read(self) -> tuple[Any, str]:
-        if len(self._text) > MAX_TEXT:
-            self._refuse(f"its type has {len(self._text):,} characters, the limit is {MAX_TEXT:,}")
-        try:
-            tree = ast.parse(self._text.strip(), mode="eval")
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            self._refuse(f"{self._short()} is not a type", hint=True)
-        if sum(1 for _ in ast.walk(tree)) > MAX_WORDS:
-            self._refuse(f"its type has more than {MAX_WORDS} words and values")
-        return self._type(tree.body, 0)
-
-    def _type(self, node: ast.expr, depth: int) -> tuple[Any, str]:
-        if depth > MAX_DEPTH:
-            self._refuse(f"its type nests deeper than {MAX_DEPTH} levels")
+    def annotation(self, node: ast.expr, depth: int) -> Any:
+        if depth > MAX_TYPE_DEPTH:
+            self._refuse(f"is nested more than {MAX_TYPE_DEPTH} levels deep; give a JSON Schema instead.")
         match node:
-            case ast.Name() | ast.Attribute():
-                return self._word(self._dotted(node))
             case ast.Constant(value=None):
-                return NoneType, "None"
+                return types.NoneType
+            case ast.Name() | ast.Attribute():
+                return self._word(self._name(node))
             case ast.BinOp(op=ast.BitOr()):
-                return self._union([self._type(part, depth + 1) for part in _alternatives(node)], " | ")
-            case ast.Subscript(value=value, slice=inner):
-                parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-                return self._generic(_ALIASES.get(word := self._dotted(value), word), parts, depth + 1)
-        return self._refuse(f"{ast.unparse(node)[:80]!r} is not a type", hint=True)
+                return _union(self.annotation(part, depth + 1) for part in _union_parts(node))
+            case ast.Subscript():
+                return self._generic(node, depth)
+        return self._unknown(ast.unparse(node))
 
-    def _word(self, word: str) -> tuple[Any, str]:
-        name = _ALIASES.get(word, word)
-        if name in _PLAIN:
-            return _PLAIN[name], f"dspy.{name}" if name in _DSPY else name
-        if name in _FORMS:
-            self._refuse(f"{name} needs its types in brackets: {name}[…]")
-        reason = _NOT_JSON.get(word.rpartition(".")[2])
-        return self._refuse(f"there is no type {word[:80]!r}" + (f" ({reason})" if reason else ""), hint=True)
+    def _word(self, name: str) -> Any:
+        if name in _WORDS:
+            return _WORDS[name]
+        if name in ("Literal", "Optional", "Union"):
+            self._refuse(f"says {name} without its arguments; write {name}[…].")
+        return self._unknown(name)
 
-    def _generic(self, word: str, parts: list[ast.expr], depth: int) -> tuple[Any, str]:
-        match word:
-            case "Literal":
-                return self._literal(parts)
-            case "Code":
-                return self._code(parts)
-            case "tuple":
-                return self._tuple(parts, depth)
-            case "list" | "set" | "dict" | "Optional" | "Union":
-                inner = [self._type(part, depth) for part in parts]
-            case _:
-                self._word(word)  # refuses a word that there is not
-                self._refuse(f"{word} takes no brackets")
-        wanted = {"list": 1, "set": 1, "Optional": 1, "dict": 2}.get(word, len(inner))
-        if len(inner) != wanted:
-            self._refuse(f"{word} takes {wanted} in its brackets, not {len(inner)}")
-        if word == "Union":
-            return self._union(inner, ", ")
-        if word in ("set", "dict") and not _is_hashable(inner[0][0]):
-            self._refuse(f"{inner[0][1]} cannot be {'a key' if word == 'dict' else 'in a set'}: use str, int, …")
-        annotations = tuple(annotation for annotation, _ in inner)
-        text = f"{word}[{', '.join(text for _, text in inner)}]"
-        if word == "Optional":
-            return typing.Optional[annotations[0]], text  # noqa: UP045  # made at run time
-        return _CONTAINERS[word][annotations if word == "dict" else annotations[0]], text
-
-    def _union(self, inner: list[tuple[Any, str]], joint: str) -> tuple[Any, str]:
-        text = joint.join(text for _, text in inner)
-        # typing.Union, not `|`: DSPy's own parser makes it, so the prompts are the same.
-        return typing.Union[tuple(a for a, _ in inner)], text if joint == " | " else f"Union[{text}]"  # noqa: UP007
-
-    def _tuple(self, parts: list[ast.expr], depth: int) -> tuple[Any, str]:
-        if len(parts) == 2 and isinstance(parts[1], ast.Constant) and parts[1].value is Ellipsis:
-            annotation, text = self._type(parts[0], depth)
-            return tuple[annotation, ...], f"tuple[{text}, ...]"
-        if not parts:
-            self._refuse("tuple needs its types: tuple[int, str], tuple[int, ...]")
-        inner = [self._type(part, depth) for part in parts]
-        return tuple[tuple(a for a, _ in inner)], f"tuple[{', '.join(text for _, text in inner)}]"
-
-    def _literal(self, parts: list[ast.expr]) -> tuple[Any, str]:
-        values = [self._value(part) for part in parts]
-        if not values:
-            self._refuse("Literal needs its values: Literal['yes', 'no']")
-        return Literal[tuple(values)], f"Literal[{', '.join(map(repr, values))}]"
-
-    def _value(self, node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value=str() | int() | None as value):
-                return value
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as value)):
-                return -value
-        return self._refuse(f"{ast.unparse(node)[:80]} cannot be in Literal: use strings, whole numbers, booleans")
-
-    def _code(self, parts: list[ast.expr]) -> tuple[Any, str]:
-        match parts:
-            case [ast.Constant(value=str() as language)] | [ast.Name(id=language)]:
-                if language.isidentifier() and len(language) <= 32:
-                    return code_in(language), f"dspy.Code[{language!r}]"
-        return self._refuse('Code takes one language: Code["python"]')
-
-    def _dotted(self, node: ast.expr) -> str:
+    def _name(self, node: ast.expr) -> str:
         match node:
             case ast.Name(id=name):
-                return name
-            case ast.Attribute(value=ast.Name(id=prefix), attr=name):
-                return f"{prefix}.{name}"
-        return self._refuse(f"{ast.unparse(node)[:80]!r} is not a type", hint=True)
+                return _SPELLINGS.get(name, name)
+            case ast.Attribute(value=ast.Name(id=prefix), attr=name) if name in _PREFIXES.get(prefix, ()):
+                return _SPELLINGS.get(name, name)
+        return self._unknown(ast.unparse(node))
 
-    def _short(self) -> str:
-        return repr(self._text if len(self._text) <= 80 else self._text[:80] + "…")
+    def _generic(self, node: ast.Subscript, depth: int) -> Any:
+        name = self._name(node.value)
+        arguments = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if name == "Literal":
+            return Literal[tuple(self._constant(argument) for argument in arguments)]
+        if name == "Code":
+            return dspy.Code[self._language(arguments)]
+        if name not in ("list", "set", "dict", "tuple", "Optional", "Union"):
+            self._word(name)
+            self._refuse(f"gives arguments to {name}, which takes none.")
+        if name == "tuple":
+            return self._tuple(arguments, depth)
+        given = [self.annotation(argument, depth + 1) for argument in arguments]
+        wanted = {"list": 1, "set": 1, "dict": 2, "Optional": 1}.get(name, len(given))
+        if len(given) != wanted or not given:
+            self._refuse(f"gives {name} {len(given)} arguments; it takes {wanted or 'at least one'}.")
+        match name:
+            case "list":
+                return list[given[0]]  # type: ignore[valid-type]
+            case "set":
+                return set[given[0]]  # type: ignore[valid-type]
+            case "dict":
+                return dict[given[0], given[1]]  # type: ignore[valid-type]
+            case "Optional":
+                return _union([*given, types.NoneType])
+        return _union(given)
 
-    def _refuse(self, problem: str, *, hint: bool = False) -> NoReturn:
-        words = f": there are {', '.join(WORDS)}; or give a JSON Schema object" if hint else ""
+    def _tuple(self, arguments: list[ast.expr], depth: int) -> Any:
+        match arguments:
+            case [one, ast.Constant(value=rest)] if rest is ...:
+                return tuple.__class_getitem__((self.annotation(one, depth + 1), ...))
+            case []:
+                return self._refuse("says tuple[()]; name the types of its items, or write tuple.")
+        return tuple[tuple(self.annotation(argument, depth + 1) for argument in arguments)]  # type: ignore[misc]
+
+    def _constant(self, node: ast.expr) -> str | int | bool | None:
+        match node:
+            case ast.Constant(value=str() | int() | bool() | None as value):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as number)):
+                return -number
+        return self._refuse(
+            f"has {_shown(ast.unparse(node))} in Literal[…], which takes texts, integers, True, False and None."
+        )
+
+    def _language(self, arguments: list[ast.expr]) -> str:
+        match arguments:
+            case [ast.Constant(value=str() as language)] if language.isprintable() and language:
+                return language
+        return self._refuse("gives Code something else than one quoted language; write Code['python'].")
+
+    def _unknown(self, word: str) -> NoReturn:
         raise errors.InvalidType(
-            f"field {self._name!r}: {problem}{words}",
-            details={"field": self._name, "type": self._text[:200], "words": list(WORDS)},
-        ) from None  # the parser's own complaint is about text it was given, not about types
+            f"The type of field {self._field!r} has an unknown word {_shown(word)}. There are: {_SPEAKABLE}; "
+            "for objects give a JSON Schema.",
+            details={"field": self._field, "type": self._text, "word": word},
+        )
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise errors.InvalidType(
+            f"The type of field {self._field!r} {what}", details={"field": self._field, "type": self._text}
+        )
 
 
-@functools.lru_cache(maxsize=64)
-def code_in(language: str) -> Any:
-    """``dspy.Code`` of a language; one class a language, for DSPy makes a new one each time."""
-    return dspy.Code[language]
-
-
-def _alternatives(node: ast.expr) -> list[ast.expr]:
-    """The parts of ``a | b | c``, without recursion: a hostile chain is as deep as it is long."""
+def _union_parts(node: ast.expr) -> list[ast.expr]:
+    # A chain of `|` leans left as deep as it is long: walked, not recursed into.
     parts: list[ast.expr] = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         parts.append(node.right)
@@ -292,8 +221,26 @@ def _alternatives(node: ast.expr) -> list[ast.expr]:
     return [node, *reversed(parts)]
 
 
-def _is_hashable(annotation: Any) -> bool:
-    origin = typing.get_origin(annotation)
-    if origin in (tuple, typing.Union):
-        return all(_is_hashable(part) for part in typing.get_args(annotation) if part is not Ellipsis)
-    return origin is Literal or annotation in _HASHABLE
+def _union(members: Iterable[Any]) -> Any:
+    return Union[tuple(members)]  # noqa: UP007  # the members are known at run time only
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "…")
+
+
+def _annotation_text(annotation: Any) -> str:
+    if annotation is types.NoneType or annotation is None:
+        return "None"
+    if annotation is ...:
+        return "..."
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is None:
+        return getattr(annotation, "__name__", None) or str(annotation)
+    if origin is Annotated:
+        return _annotation_text(arguments[0])
+    if origin is Literal:
+        return f"Literal[{', '.join(repr(value) for value in arguments)}]"
+    if origin in (Union, types.UnionType):
+        return " | ".join(_annotation_text(argument) for argument in arguments)
+    return f"{_annotation_text(origin)}[{', '.join(_annotation_text(argument) for argument in arguments)}]"

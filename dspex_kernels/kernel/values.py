@@ -1,183 +1,190 @@
-"""Python values become JSON values: what a program answers, and what a record holds.
-
-Never by ``repr()``: an object's text may hold a secret. What has no JSON form becomes ``{"$unserialisable": its type's
-name}``, so that a reader sees that something was there, and what.
-"""
+"""What a program computed, as JSON: every Python value becomes data, nothing is shown by its ``repr``."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import datetime
+import decimal
+import enum
 import math
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
-from datetime import date, time, timedelta
-from decimal import Decimal
-from enum import Enum
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
-from uuid import UUID
 
 import dspy
 import orjson
 import pydantic
 import pydantic_core
 
-from dspex_kernels.protocol.limits import MAX_DEPTH
+from dspex_kernels import errors
+from dspex_kernels.protocol import limits
 
-UNSERIALISABLE = "$unserialisable"
-"""The one key of what stands for a value without a JSON form."""
+MAX_NODES = 1_000_000
+"""Values in one result, containers counted too."""
 
-BASE64 = "$base64"
-"""The one key of what stands for bytes."""
-
-_DEEPEST = MAX_DEPTH - 8  # a reply wraps what a program answers in a few levels of its own
-_MAX_VALUES = 2_000_000  # a small structure that shares its parts may unfold to 2**60 values
-_LARGEST_INT = 2**63 - 1  # beyond it JSON readers, orjson among them, fail or round
+_INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
+_MAX_INT_BITS = 10_000  # Python refuses the decimal text of much longer ones
 
 
-class NotJSON(Exception):
-    """A value has no JSON form. Its text names the type and the place; raised by ``to_strict_json`` only."""
+def to_json(value: Any, *, depth: int = limits.MAX_DEPTH) -> Any:
+    """The JSON form of any value, as dict, list, str, int, float, bool and None.
 
-
-def to_json(value: Any) -> Any:
-    """``value`` as JSON values: null, booleans, numbers, strings, arrays, objects with string keys.
-
-    Predictions and pydantic models become objects, dates ISO 8601 strings, enum members their values, tuples and
-    sets arrays (sets in a stable order), bytes ``{"$base64": …}``, ``nan`` and infinities null, integers beyond 64
-    bits strings. Nesting is cut at 56 levels and at cycles.
+    What JSON has no word for becomes an object with one key: ``{"$bytes": base64}``,
+    ``{"$float": "NaN" | "Infinity" | "-Infinity"}``, ``{"$int": decimal}`` beyond 64 bits,
+    ``{"$pairs": [[key, value], …]}`` for a mapping whose keys are no distinct texts, and
+    ``{"$unserialisable": "module.Type"}`` for everything else: a ``repr`` could hold a secret.
 
     Args:
-        value: Anything.
-
-    Returns:
-        A new value; what has no JSON form is ``{"$unserialisable": "type name"}``.
-    """
-    return _Conversion(_mark).convert(value, 0, "")
-
-
-def to_strict_json(value: Any) -> Any:
-    """``to_json`` for what must not be lost.
+        value: Anything. Predictions and Examples give their fields; sets are sorted, so that equal sets look
+            alike; a timedelta becomes seconds.
+        depth: Nesting that is allowed, 1 to ``limits.MAX_DEPTH``.
 
     Raises:
-        NotJSON: Something in it has no JSON form, or it nests too deep.
+        TooLarge: The value is nested more deeply (or contains itself), or is larger than a result may be.
     """
-    return _Conversion(_refuse).convert(value, 0, "")
+    return _Walk(depth).json(value, 0)
 
 
-def _mark(what: str, _where: str) -> Any:
-    return {UNSERIALISABLE: what}
+class _Walk:
+    """One pass over one value, with what it has used of its bounds."""
 
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._nodes = 0
+        self._characters = 0
 
-def _refuse(what: str, where: str) -> Any:
-    raise NotJSON(f"{where.lstrip('.') or 'the value'} is {what}, which has no JSON form")
+    def json(self, value: Any, level: int) -> Any:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise errors.TooLarge(f"The value has more than {MAX_NODES:,} parts; return less of it.")
+        if level > self._depth:
+            raise errors.TooLarge(
+                f"The value is nested more than {self._depth} levels deep or contains itself; return a flatter one."
+            )
+        if value is None or value is True or value is False:
+            return value
+        if isinstance(value, enum.Enum):
+            return self.json(value.value, level + 1)
+        if isinstance(value, str):
+            return self._text(value)
+        if isinstance(value, int):
+            return _integer(int(value))
+        if isinstance(value, float):
+            return _number(float(value))
+        if isinstance(value, Mapping):
+            return self._mapping(value.items(), level)
+        if isinstance(value, list | tuple):
+            return [self.json(item, level + 1) for item in value]
+        if isinstance(value, set | frozenset):
+            return sorted((self.json(item, level + 1) for item in value), key=_sort_key)
+        return self._object(value, level)
 
-
-class _Conversion:
-    """One value's conversion.
-
-    Args:
-        unknown: Called with what a value without a JSON form is, and where it stands; its answer stands instead.
-    """
-
-    def __init__(self, unknown: Callable[[str, str], Any]) -> None:
-        self._unknown = unknown
-        self._values = 0
-        self._open: set[int] = set()
-
-    def convert(self, value: Any, depth: int, where: str) -> Any:
-        self._values += 1
+    def _object(self, value: Any, level: int) -> Any:
         match value:
-            case None | bool():
-                return value
-            case Enum():
-                return self.convert(value.value, depth, where)
-            case str():
-                return _text(value)
-            case int():
-                return int(value) if abs(value) <= _LARGEST_INT else str(int(value))
-            case float():
-                return float(value) if math.isfinite(value) else None
-        if depth >= _DEEPEST or self._values > _MAX_VALUES:
-            return self._unknown("nested too deep or too large", where)
-        if id(value) in self._open:
-            return self._unknown("a cycle", where)
-        self._open.add(id(value))
-        try:
-            return self._compound(value, depth + 1, where)
-        finally:
-            self._open.discard(id(value))
-
-    def _compound(self, value: Any, depth: int, where: str) -> Any:
-        match value:
-            case Mapping():
-                return {_key(key): self.convert(item, depth, f"{where}.{_key(key)}") for key, item in value.items()}
-            case list() | tuple():
-                return [self.convert(item, depth, f"{where}[{index}]") for index, item in enumerate(value)]
-            case AbstractSet():
-                return sorted((self.convert(item, depth, where) for item in value), key=_order)
-            case dspy.Example():
-                # Read past the methods: a field may be called `items`.
-                return {key: self.convert(item, depth, f"{where}.{key}") for key, item in value._store.items()}
-            case pydantic.BaseModel():
-                return self._model(value, depth, where)
-        return self._leaf(value, depth, where)
-
-    def _model(self, value: pydantic.BaseModel, depth: int, where: str) -> Any:
-        if isinstance(value, dspy.Type):
-            formatted = value.format()
-            if not isinstance(formatted, list):  # code and reasoning are text
-                return self.convert(formatted, depth, where)
-            # An image's own serialiser writes a mark for DSPy's adapters, which means nothing to others.
-            fields = {name: getattr(value, name) for name in type(value).model_fields}
-            return self.convert({name: item for name, item in fields.items() if item is not None}, depth, where)
-        try:
-            data = value.model_dump(warnings=False)
-        except (pydantic_core.PydanticSerializationError, ValueError, TypeError, AttributeError):
-            return self._unknown(type(value).__qualname__, where)
-        return self.convert(data, depth, where)
-
-    def _leaf(self, value: Any, depth: int, where: str) -> Any:
-        match value:
-            case date() | time():
+            case datetime.date() | datetime.time():  # a datetime is a date
                 return value.isoformat()
-            case timedelta():
-                return pydantic_core.to_jsonable_python(value)
-            case UUID() | Decimal() | PurePath():
-                return str(value)
-            case bytes() | bytearray():
-                return {BASE64: base64.b64encode(value).decode("ascii")}
+            case datetime.timedelta():
+                return value.total_seconds()
+            case decimal.Decimal() | uuid.UUID() | PurePath():
+                return self._text(str(value))
+            case bytes() | bytearray() | memoryview():
+                return {"$bytes": self._text(base64.b64encode(value).decode("ascii"))}
+            case dspy.Example():  # a Prediction is one; `items` leaves its completions out
+                return self._mapping(value.items(), level)
+            case dspy.Reasoning():
+                return self._text(value.content)
+            case dspy.Type():
+                # Its own serialiser writes markup for prompts.
+                return self._mapping(((name, getattr(value, name)) for name in type(value).model_fields), level)
+            case pydantic.BaseModel():
+                return self._model(value, level)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            return self.convert(fields, depth, where)
-        if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-            return self.convert(value.tolist(), depth, where)
-        return self._unknown(type(value).__qualname__, where)
+            return self._mapping(((f.name, getattr(value, f.name)) for f in dataclasses.fields(value)), level)
+        if _is_array_like(value):
+            return self.json(value.tolist(), level + 1)
+        return _unserialisable(value)
+
+    def _model(self, model: pydantic.BaseModel, level: int) -> Any:
+        try:
+            dumped = pydantic_core.to_jsonable_python(
+                model, by_alias=True, inf_nan_mode="constants", bytes_mode="base64", fallback=_unserialisable
+            )
+        except (ValueError, TypeError, RecursionError, AttributeError):  # its own serialiser failed, or a cycle
+            return _unserialisable(model)
+        return self.json(dumped, level)
+
+    def _mapping(self, items: Iterable[tuple[Any, Any]], level: int) -> dict[str, Any]:
+        pairs = [(key, self.json(value, level + 1)) for key, value in items]
+        by_text = {text: value for key, value in pairs if (text := _key_text(key)) is not None}
+        if len(by_text) == len(pairs):
+            for text in by_text:
+                self._count(len(text))
+            return by_text
+        return {"$pairs": [[self.json(key, level + 2), value] for key, value in pairs]}
+
+    def _text(self, value: str) -> str:
+        self._count(len(value))
+        return _clean(value)
+
+    def _count(self, length: int) -> None:
+        self._characters += length
+        if self._characters > limits.MAX_RESULT_BYTES:
+            raise errors.TooLarge(
+                f"The value has more than {limits.MAX_RESULT_BYTES:,} characters of text; return less of it."
+            )
 
 
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate, as a model may write: no JSON writer takes it
-        return value.encode("utf-8", "replace").decode()
-    return str.__str__(value)
+def _integer(value: int) -> Any:
+    if _INT64_MIN <= value <= _UINT64_MAX:
+        return value
+    if value.bit_length() > _MAX_INT_BITS:
+        raise errors.TooLarge(
+            f"An integer has {value.bit_length():,} bits, more than {_MAX_INT_BITS:,}; return a shorter one."
+        )
+    return {"$int": str(value)}
 
 
-def _key(key: Any) -> str:
-    match key:
-        case str():
-            return _text(key)
-        case Enum():
-            return _key(key.value)
-        case None | bool():
-            return {None: "null", True: "true", False: "false"}[key]
-        case int() | float() | UUID() | Decimal():
-            return str(key)
-        case date() | time():
-            return key.isoformat()
-    return f"<{type(key).__qualname__}>"
+def _number(value: float) -> Any:
+    if math.isfinite(value):
+        return value
+    return {"$float": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
 
 
-def _order(value: Any) -> bytes:
-    # The order of a set of strings differs from process to process: the same answer would read differently.
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+def _clean(text: str) -> str:
+    # Lone surrogates (an undecodable file name, a cut emoji) have no UTF-8 and would fail the whole reply.
+    plain = str.__str__(text)
+    return plain if plain.isascii() else plain.encode("utf-8", "replace").decode("utf-8")
+
+
+def _key_text(key: Any) -> str | None:
+    """The text of a mapping's key; None where there is none that says what it was."""
+    if isinstance(key, enum.Enum):
+        return _key_text(key.value)
+    if isinstance(key, str):
+        return _clean(key)
+    if key is None or isinstance(key, bool):
+        return {None: "null", True: "true", False: "false"}[key]
+    if isinstance(key, int):
+        return str(key) if key.bit_length() <= _MAX_INT_BITS else None
+    if isinstance(key, float | decimal.Decimal | uuid.UUID | PurePath):
+        return str(key)
+    if isinstance(key, datetime.date | datetime.time):
+        return key.isoformat()
+    return None
+
+
+def _is_array_like(value: Any) -> bool:
+    kind = type(value)  # asked of the class: an object that answers to every name must not pass
+    return hasattr(kind, "dtype") and all(callable(getattr(kind, word, None)) for word in ("tolist", "item"))
+
+
+def _unserialisable(value: Any) -> dict[str, str]:
+    kind = value if isinstance(value, type) else type(value)
+    return {"$unserialisable": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _sort_key(value: Any) -> tuple[str, Any]:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return ("0", value) if number else ("1", orjson.dumps(value, option=orjson.OPT_SORT_KEYS))

@@ -263,6 +263,10 @@ class PingResult(Result):
     memory_bytes: int
 
 
+DEFAULT_TIMEOUT_S = 30.0
+"""Seconds for a command whose row and whose caller name none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """A row of the table.
@@ -276,7 +280,8 @@ class Command:
         control: Whether it travels on the control channel: answered while everything computes, counted neither
             as activity nor as status.
         reaches_lm: Whether it may send requests to a provider.
-        timeout_s: The default deadline, in seconds; None is the service's ``command_timeout``.
+        timeout_s: Its own default deadline, in seconds; None is the service's ``command_timeout``, and
+            ``DEFAULT_TIMEOUT_S`` in a kernel that is asked without a service.
     """
 
     name: str
@@ -285,7 +290,7 @@ class Command:
     mutates: bool = False
     control: bool = False
     reaches_lm: bool = False
-    timeout_s: float | None = 30.0
+    timeout_s: float | None = None
 
     @property
     def repeatable(self) -> bool:

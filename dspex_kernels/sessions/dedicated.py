@@ -32,6 +32,8 @@ from dspex_kernels.sessions.model import SessionRecord
 
 LOG_NAME = "kernel.log"
 """A kernel's stdout and stderr, in its session's directory; the last kernel's is beside it with ``.1``."""
+LINK_NAME = "kernel.json"
+"""In a session's directory, a link to its kernel's connection file, which tells what to remove after a crash."""
 LOG_TAIL_BYTES = 4000
 """How much of the log a failed start shows."""
 SHUTDOWN_TIMEOUT = 15.0
@@ -219,6 +221,7 @@ class DedicatedBackend(SessionBackend):
                 )
             )
         manager = self._multi.get_kernel(kernel.kernel_id)
+        await asyncio.to_thread(_link, kernel.log_path.with_name(LINK_NAME), manager.connection_file)
         kernel.connection = KernelConnection(
             manager.get_connection_info(), context=self._context, name=kernel.kernel_id
         )
@@ -323,6 +326,9 @@ class DedicatedBackend(SessionBackend):
         finally:
             self._multi._pending_kernels.pop(kernel.kernel_id, None)
             connection_file.unlink(missing_ok=True)  # Jupyter leaves it when the launch itself failed
+            link = kernel.log_path.with_name(LINK_NAME)
+            if link.is_symlink() and not link.exists():  # else it is the next kernel's already
+                link.unlink()
 
     def _forget(self, kernel: _Kernel) -> None:
         if self._kernels.get(kernel.session_id) is kernel:
@@ -365,6 +371,14 @@ def _open_log(path: Path) -> IO[bytes]:
         path.replace(path.with_name(f"{path.name}.1"))
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_EXCL, 0o600)
     return os.fdopen(descriptor, "wb", buffering=0)
+
+
+def _link(link: Path, connection_file: str) -> None:
+    """Point the link to this connection file; the one it pointed to is a dead kernel's whose service died too."""
+    if link.is_symlink():
+        link.readlink().unlink(missing_ok=True)
+        link.unlink()
+    link.symlink_to(connection_file)
 
 
 def _log_tail(path: Path) -> str:

@@ -30,7 +30,7 @@ from dspex_kernels.protocol.messages import first_problem
 from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import Call, Place, SessionBackend
 from dspex_kernels.sessions.dedicated import DedicatedBackend
-from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, MAX_PENDING, EventListener
+from dspex_kernels.sessions.kernel_connection import MAX_PENDING, EventListener
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.model import SessionInfo, SessionRecord
 from dspex_kernels.sessions.session import Session
@@ -355,7 +355,7 @@ class SessionService(LoggingConfigurable):
                 await asyncio.shield(self._spawn(self._fold(live)))
 
     def _default_timeout(self, row: Command) -> float:
-        return (row.timeout_s or DEFAULT_TIMEOUT) if row.control else self.command_timeout
+        return row.timeout_s or self.command_timeout
 
     def _cancel_queued(self, live: LiveSession, args: Mapping[str, Any]) -> bool | None:
         """Cancel a call that still waits for its kernel. None when the kernel is to be asked."""

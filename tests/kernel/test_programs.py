@@ -118,8 +118,6 @@ def test_a_record_with_nested_demos_builds_a_program_that_sends_the_same_bytes(
     for _, predictor in named_predictors(program.module):
         # As an optimizer leaves them: values of the types themselves, and other instructions.
         fields = predictor.signature.fields
-        typed = program.check_inputs  # inputs keep their JSON form in DSPy's demos
-        assert typed
         demo = {name: copy.deepcopy(DEMO[name]) for name in fields}
         if "person" in demo:
             demo["person"] = fields["person"].annotation.model_validate(demo["person"])
@@ -307,11 +305,11 @@ def test_a_notebooks_module_takes_the_arguments_of_its_forward() -> None:
 
 
 def test_a_notebooks_module_without_named_arguments_takes_any() -> None:
-    class Any_(dspy.Module):
+    class TakesAny(dspy.Module):
         def forward(self, **inputs: Any) -> dspy.Prediction:
             return dspy.Prediction(**inputs)
 
-    assert LiveProgram.from_module("any", Any_(), 1, CREATED).check_inputs({"x": 1}) == {"x": 1}
+    assert LiveProgram.from_module("any", TakesAny(), 1, CREATED).check_inputs({"x": 1}) == {"x": 1}
 
 
 def test_a_notebooks_module_with_one_predictor_has_its_signature() -> None:
@@ -330,7 +328,7 @@ def test_a_notebooks_module_is_not_portable_and_says_how_to_bring_it_back(toolbo
 
 
 def test_only_modules_can_be_taken_in() -> None:
-    with pytest.raises(errors.InvalidModule, match="'f' is a function, not a dspy.Module"):
+    with pytest.raises(errors.InvalidModule, match=r"'f' is a function, not a dspy\.Module"):
         LiveProgram.from_module("f", look_up, 1, CREATED)  # type: ignore[arg-type]
 
 

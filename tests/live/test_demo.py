@@ -52,6 +52,11 @@ def started(*argv: str) -> Iterator[subprocess.Popen[str]]:
         try:
             yield process
             process.wait(LONGEST)
+        except BaseException:
+            process.terminate()  # so that a failure clears its kernels away
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=20)
+            raise
         finally:
             process.kill()
 
@@ -60,13 +65,16 @@ def events_until(process: subprocess.Popen[str], last: str) -> list[dict[str, An
     """The JSON lines that a process has written, up to the event ``last``."""
     assert process.stdout is not None
     events: list[dict[str, Any]] = []
+    text = b""
     deadline = time.monotonic() + LONGEST
     while not events or events[-1]["event"] != last:
+        # Past the stream's own buffer, in which select would not see the lines that came together.
         readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
         assert readable, f"no event {last!r} within {LONGEST:g} s; there were {events}"
-        line = process.stdout.readline()
-        assert line, f"it ended before {last!r}: {process.stderr.read() if process.stderr else ''}"
-        events.append(json.loads(line))
+        read = os.read(process.stdout.fileno(), 65536)
+        assert read, f"it ended before {last!r}: {process.stderr.read() if process.stderr else ''}"
+        *whole, text = (text + read).split(b"\n")
+        events += map(json.loads, whole)
     return events
 
 
@@ -214,7 +222,7 @@ class TestBatch:
     def test_a_program_runs_over_a_file_and_bad_lines_fail_alone(self, tmp_path):
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         lines = [{"id": f"q{n}", "question": f"question {n}"} for n in range(40)]
-        source.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + 'oops\n{"wrong": 1}\n')
+        source.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + 'oops\n{"id": 42}\n')
         done = run_cli("batch", str(source), f"--output={output}", "--signature=question -> answer")
         assert done.returncode == 2, done.stderr
         results = read_jsonl(output)
@@ -236,8 +244,11 @@ class TestBatch:
         )
         with started(*argv, f"--api-base={first.api_base}") as process:
             wait_for(
-                lambda: output.exists() and len(read_jsonl(output)) == 20, deadline=LONGEST, what="twenty results"
+                lambda: (output.exists() and len(read_jsonl(output)) == 20) or process.poll() is not None,
+                deadline=LONGEST,
+                what="twenty results",
             )
+            assert process.poll() is None, process.communicate()[1]
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=LONGEST)
         assert process.returncode == 130

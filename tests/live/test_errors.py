@@ -9,9 +9,9 @@ import pytest
 
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.errors import by_code
-from dspex_kernels.protocol.limits import MAX_REQUEST_BYTES
+from dspex_kernels.protocol.limits import MAX_REQUEST_BYTES, MAX_RESULT_BYTES
 from tests.live.kernels import LiveKernel
-from tests.lm_server import Disconnect, EchoKeyInError, Hang, Junk, LMServer, NotJSON, Status
+from tests.lm_server import Answer, Disconnect, EchoKeyInError, Hang, Junk, LMServer, NotJSON, Status
 
 KEY = "sk-test-0123456789abcdef"
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -57,7 +57,7 @@ SERVER = "server"
 CASES: dict[str, Case] = {
     "bad signature": Case("invalid_signature", "question", "->", "create_program", _create(signature="question")),
     "reserved name": Case(
-        "invalid_signature", "demos", "another name", "create_program", _create(signature="demos -> answer")
+        "invalid_signature", "demos", "rename it", "create_program", _create(signature="demos -> answer")
     ),
     "bad type": Case("invalid_type", "this", "list[", "create_program", _create(signature="q: this -> a")),
     "unknown module": Case(
@@ -95,7 +95,7 @@ CASES: dict[str, Case] = {
     "outdated version": Case(
         "version_conflict", "qa", "read it again", "create_program", {**QA, "replace": True, "if_version": 7}
     ),
-    "missing input": Case("missing_input", "question", "give", args={"id": "qa", "inputs": {}}),
+    "missing input": Case("missing_input", "question", "needs the input", args={"id": "qa", "inputs": {}}),
     "unknown input": Case(
         "invalid_input", "colour", "question", args={"id": "qa", "inputs": {"question": "?", "colour": 1}}
     ),
@@ -134,8 +134,7 @@ CASES: dict[str, Case] = {
         args={"id": "qa", "inputs": {"question": "x" * (MAX_REQUEST_BYTES + 1)}},
     ),
     "oversized result": Case(
-        "too_large", "result", "send less",
-        lm={"model": "offline/big", "offline": {"answers": [{"answer": "y" * 7_000_000 + "é" * 2_000_000}]}},
+        "too_large", "8,388,608", "return less", lm=SERVER, behaviour=Answer({"answer": "y" * (MAX_RESULT_BYTES + 1)}),
     ),
     "deep input": Case("too_large", "64", "flatten", args={"id": "qa", "inputs": {"question": [[]]}}),
     "unknown command": Case("unknown_command", "dance", "execute_program", "dance"),
@@ -150,7 +149,10 @@ CASES: dict[str, Case] = {
     "bad record": Case(
         "invalid_record", "state", "predict", "import_program",
         {"record": {"program_id": "x", "version": 1, "spec": {"signature": {
-            "inputs": [{"name": "q"}], "outputs": [{"name": "a"}]}}, "state": {"nothing": {}}}},
+            "inputs": [{"name": "q"}], "outputs": [{"name": "a"}]}}, "state": {"nothing": {
+                "traces": [], "train": [], "demos": [], "lm": None,
+                "signature": {"instructions": "", "fields": []},
+            }}}},
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import dspy
 from dspex_kernels import errors
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.namespaces import Namespace
-from dspex_kernels.kernel.programs import LiveProgram, check_record, new_record
+from dspex_kernels.kernel.programs import LiveProgram, check_record, new_record, record_of
 from dspex_kernels.protocol.commands import (
     CreateProgramArgs,
     CreateProgramResult,
@@ -78,7 +78,8 @@ async def export_program(_dispatcher: Dispatcher, call: Call, args: ProgramArgs)
     """The record from which the program is built again anywhere."""
     record = call.namespace.record(args.program_id, args.version)
     _require_portable(record)
-    return ExportProgramResult(record=record)
+    # With its state written out: a record without would leave the instructions to the other side's DSPy.
+    return ExportProgramResult(record=record_of(call.namespace.live(record)))
 
 
 async def delete_program(_dispatcher: Dispatcher, call: Call, args: DeleteProgramArgs) -> DeleteProgramResult:
