@@ -20,15 +20,16 @@ _NAMES = {
     "DSPexKernelClient": "dspex_kernels.sessions.kernel_client",
 }
 
-__all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604  # the names are strings; ruff cannot see it
+__all__ = ["__version__", *sorted(_NAMES)]
 
 if TYPE_CHECKING:
-    from dspex_kernels.config import LMPolicy
-    from dspex_kernels.errors import DSPexError
-    from dspex_kernels.sessions.direct import connect_kernel
-    from dspex_kernels.sessions.kernel_client import DSPexKernelClient
-    from dspex_kernels.sessions.service import SessionService
-    from dspex_kernels.sessions.session import Program, Session
+    from dspex_kernels.config import LMPolicy as LMPolicy
+    from dspex_kernels.errors import DSPexError as DSPexError
+    from dspex_kernels.sessions.direct import connect_kernel as connect_kernel
+    from dspex_kernels.sessions.kernel_client import DSPexKernelClient as DSPexKernelClient
+    from dspex_kernels.sessions.service import SessionService as SessionService
+    from dspex_kernels.sessions.session import Program as Program
+    from dspex_kernels.sessions.session import Session as Session
 
 
 def __getattr__(name: str) -> Any:

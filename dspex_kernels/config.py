@@ -11,6 +11,7 @@ from traitlets import Bool, List, Tuple, Unicode
 from traitlets.config import Configurable
 
 from dspex_kernels import errors
+from dspex_kernels.protocol.records import is_offline
 
 KERNEL_NAME = "dspex"
 """The kernelspec's name."""
@@ -62,7 +63,7 @@ class LMPolicy(Configurable):
         Raises:
             PolicyDenied: The message names what was refused and the trait that would allow it.
         """
-        if self.unrestricted or model == "offline" or model.startswith("offline/"):
+        if self.unrestricted or is_offline(model):
             return
         if not any(fnmatch.fnmatchcase(model, pattern) for pattern in self.allowed_models):
             raise errors.PolicyDenied(

@@ -404,7 +404,7 @@ class DependencyMissing(DSPexError):
     http_status = 501
 
 
-class CallStopped(BaseException):  # noqa: N818  # not an error of its own: it carries one
+class CallStopped(BaseException):  # not an error of its own: it carries one
     """Ends a call from inside DSPy, whatever module is running.
 
     DSPy's modules (BestOfN, Refine, ReAct's tools, Parallel) catch ``Exception`` and go on to the next

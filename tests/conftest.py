@@ -86,7 +86,9 @@ def _process_wide() -> Iterator[None]:
 
     loop = ensure_event_loop()  # blocking Jupyter clients run on it
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    garbage.gc.start()  # pyzmq's thread that frees large messages, else started by the first of them
     yield
+    garbage.gc.stop()
     context.destroy(linger=0)
     if not loop.is_closed():
         loop.close()

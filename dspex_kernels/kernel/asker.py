@@ -14,6 +14,7 @@ from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.dispatch import Ask, Dispatcher
 from dspex_kernels.kernel.handlers import programs
 from dspex_kernels.kernel.namespaces import Namespace
+from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S
 
 
 class NotebookAsker:
@@ -87,10 +88,20 @@ class NotebookAsker:
 
         Returns:
             ``status``, ``program_id``, ``version``, ``signature``.
+
+        Raises:
+            CommandTimeout: The session's earlier changes took too long.
         """
         call = Call(self._namespace(), command="create_program")
-        work = programs.add_module(call, program_id, module)
-        return asyncio.run_coroutine_threadsafe(work, self._dispatcher.loop).result(30).model_dump()
+        adding = asyncio.run_coroutine_threadsafe(
+            programs.add_module(call, program_id, module), self._dispatcher.loop
+        )
+        try:
+            return adding.result(DEFAULT_TIMEOUT_S).model_dump()
+        except TimeoutError:
+            raise call.timed_out() from None
+        finally:
+            adding.cancel()  # interrupted or timed out: nobody waits for it any more
 
     def add_tool(self, function: Callable[..., Any], name: str | None = None) -> str:
         """Make a function of the notebook a tool of its session; returns its name."""

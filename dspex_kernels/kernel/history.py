@@ -15,6 +15,7 @@ from dspy.clients import base_lm
 from dspex_kernels.kernel.gate import current_call
 from dspex_kernels.kernel.values import to_json
 from dspex_kernels.protocol.commands import HistoryEntry
+from dspex_kernels.protocol.records import is_offline
 
 MAX_ENTRIES = 200
 """LM calls remembered of each session."""
@@ -69,6 +70,6 @@ def entry_to_data(entry: dict[str, Any]) -> HistoryEntry:
         messages=[dict(to_json(message)) for message in messages],
         outputs=[to_json(output) for output in entry.get("outputs") or []],
         usage=dict(to_json(usage)),
-        cost=entry.get("cost"),
+        cost=0.0 if is_offline(str(entry.get("model", ""))) else entry.get("cost"),
         cache_hit=not usage,  # DSPy empties the usage of an answer from its cache
     )

@@ -253,7 +253,7 @@ def mapping(cell: str, *, what: str) -> dict[str, Value]:
 
 def _yaml(cell: str, *, what: str) -> tuple[Any, Any]:
     """The cell's values, and the same with every scalar as its text."""
-    import yaml  # type: ignore[import-untyped]  # ships no types; loaded when the first such cell runs
+    import yaml  # loaded when the first such cell runs
 
     try:
         # Both loaders are safe ones: they build plain data only.

@@ -307,7 +307,7 @@ def _is_member(character: str, member: tuple[Any, Any]) -> bool:
     operation, argument = member
     match str(operation):
         case "LITERAL":
-            return ord(character) == argument
+            return bool(ord(character) == argument)
         case "RANGE":
             return bool(argument[0] <= ord(character) <= argument[1])
     classes = {"DIGIT": r"\d", "SPACE": r"\s", "WORD": r"\w"}

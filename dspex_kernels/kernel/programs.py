@@ -16,7 +16,6 @@ from dspex_kernels import errors
 from dspex_kernels.kernel.modules import (
     NOTEBOOK,
     build_module,
-    check_config,
     modules_in,
     named_predictors,
     normalise,
@@ -35,7 +34,7 @@ from dspex_kernels.protocol.records import (
     ToolReference,
 )
 
-__all__ = ["LiveProgram", "check_config", "check_record", "dump_state", "new_record", "record_of"]
+__all__ = ["LiveProgram", "check_record", "dump_state", "new_record", "record_of"]
 
 MAX_SHOWN = 60
 """Characters of a refused value that its error may repeat."""

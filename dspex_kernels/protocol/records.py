@@ -117,6 +117,11 @@ class OfflineOptions(BaseModel):
     )
 
 
+def is_offline(model: str) -> bool:
+    """Whether a model string names the offline LM."""
+    return model == "offline" or model.startswith("offline/")
+
+
 class LMProfile(BaseModel):
     """Which language model a session uses. ``api_key`` stays in memory: dumps leave it out."""
 
@@ -142,7 +147,7 @@ class LMProfile(BaseModel):
     @property
     def is_offline(self) -> bool:
         """Whether it is answered inside the kernel, without a network."""
-        return self.model == "offline" or self.model.startswith("offline/")
+        return is_offline(self.model)
 
 
 class SessionSettings(BaseModel):

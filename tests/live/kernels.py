@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import IO, Any, Self
 
 from jupyter_client.manager import KernelManager
 
 from tests.waiting import wait_for
+
+
+def plugin_path() -> str:
+    """The ``PYTHONPATH`` with which a kernel finds the plugin beside this file, as if it were installed."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parent / "plugin"), os.environ.get("PYTHONPATH")]))
 
 
 class LiveKernel:
@@ -21,7 +27,7 @@ class LiveKernel:
 
     def __init__(
         self,
-        kernel_name: str = os.environ.get("KNAME", "dspex"),
+        kernel_name: str = "dspex",
         *,
         env: dict[str, str] | None = None,
         output: IO[bytes] | None = None,

@@ -134,7 +134,8 @@ CASES: dict[str, Case] = {
         args={"id": "qa", "inputs": {"question": "x" * (MAX_REQUEST_BYTES + 1)}},
     ),
     "oversized result": Case(
-        "too_large", "8,388,608", "return less", lm=SERVER, behaviour=Answer({"answer": "y" * (MAX_RESULT_BYTES + 1)}),
+        "too_large", "8,388,608", "return less", lm=SERVER,
+        behaviour=Answer({"answer": "y" * (MAX_RESULT_BYTES + 1)}),
     ),
     "deep input": Case("too_large", "64", "flatten", args={"id": "qa", "inputs": {"question": [[]]}}),
     "unknown command": Case("unknown_command", "dance", "execute_program", "dance"),

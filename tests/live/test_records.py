@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.live.kernels import LiveKernel
+from tests.live.kernels import LiveKernel, plugin_path
 from tests.lm_server import LMServer
 
-PLUGIN = Path(__file__).parent / "plugin"
 QUESTION = "what is in the box?"
 NESTED = {
     "type": "object",
@@ -68,14 +66,17 @@ def _taught(record: dict[str, Any]) -> dict[str, Any]:
     """The record with demos in each of its predictors, nested values among them."""
     record = copy.deepcopy(record)
     for predictor in record["state"].values():
-        demo = {"question": "what was in it?", "answer": "a spoon", "reasoning": "I looked.", "box": BOX}
+        demo = {
+            "question": "what was in it?", "box": BOX, "trajectory": "looked", "answer": "a spoon",
+            "reasoning": "I looked.", "next_thought": "a spoon?", "next_tool_name": "finish", "next_tool_args": {},
+        }  # fmt: skip
         predictor["demos"] = [{**demo, "augmented": True}, {**demo, "answer": "a fork"}]
     return record
 
 
 @pytest.fixture(scope="module")
 def two_kernels() -> Iterator[tuple[LiveKernel, LiveKernel]]:
-    env = {"PYTHONPATH": str(PLUGIN)}
+    env = {"PYTHONPATH": plugin_path()}
     with LiveKernel(env=env) as one, LiveKernel(env=env) as other:
         yield one, other
 

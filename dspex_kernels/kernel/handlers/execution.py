@@ -11,7 +11,8 @@ import dspy
 from dspex_kernels import errors
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.failures import explain
-from dspex_kernels.kernel.programs import LiveProgram, check_config
+from dspex_kernels.kernel.modules import check_config, named_predictors
+from dspex_kernels.kernel.programs import LiveProgram
 from dspex_kernels.kernel.streaming import run_streaming
 from dspex_kernels.kernel.values import to_json
 from dspex_kernels.protocol.commands import ExecuteProgramArgs, ExecuteProgramResult
@@ -68,7 +69,7 @@ def _for_this_call(program: LiveProgram, config: dict[str, Any]) -> dspy.Module:
     if not config:
         return copy.copy(program.module)
     module = program.module.deepcopy()
-    for predictor in module.predictors():
+    for _, predictor in named_predictors(module):
         predictor.config = {**predictor.config, **config}
     return module
 
