@@ -86,7 +86,12 @@ def _process_wide() -> Iterator[None]:
 
     loop = ensure_event_loop()  # blocking Jupyter clients run on it
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-    garbage.gc.start()  # pyzmq's thread that frees large messages, else started by the first of them
+    # The first large message starts pyzmq's thread that frees them.
+    with context.socket(zmq.PAIR) as sender, context.socket(zmq.PAIR) as receiver:
+        sender.bind("inproc://first-large-message")
+        receiver.connect("inproc://first-large-message")
+        sender.send(bytes(2 * zmq.COPY_THRESHOLD), copy=False)
+        receiver.recv()
     yield
     garbage.gc.stop()
     context.destroy(linger=0)

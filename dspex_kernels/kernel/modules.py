@@ -7,7 +7,6 @@ Whole pipelines come from plugins.
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from dspex_kernels import errors
 from dspex_kernels.kernel.rewards import FieldReward, Reward, RewardSpec, build_reward, reward_source
-from dspex_kernels.kernel.signatures import build_signature, signature_spec
+from dspex_kernels.kernel.signatures import FILTERS, build_signature, signature_spec
 from dspex_kernels.kernel.tools import MODULES, SessionTool, Toolbox
 from dspex_kernels.protocol.messages import first_problem
 from dspex_kernels.protocol.records import ProgramSpec, SignatureSpec, ToolReference
@@ -136,6 +135,9 @@ class _Row:
     args: type[_Arguments]
     build: Callable[[_Parts], dspy.Module]
     takes_tools: bool = False
+    own_inputs: frozenset[str] = frozenset()
+    """Names that its inputs cannot have: it has fields or arguments of these names, and would lose the input."""
+    own_outputs: frozenset[str] = frozenset()
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,6 +231,8 @@ def build_module(spec: ProgramSpec, toolbox: Toolbox, *, depth: int = 1) -> Buil
             reward = _build_reward(spec, args, nested, toolbox)
         elif signature is None:
             raise errors.InvalidModule(f'{spec.module} needs a signature, for instance "question -> answer"')
+        else:
+            _refuse_own_names(spec.module, row, signature)
         module = row.build(_Parts(signature, args, config, tools, nested, reward))
         built = Built(module, nested.signature if nested else signature)
     for _, predictor in named_predictors(built.module):
@@ -324,6 +328,18 @@ def _refuse_signature(spec: ProgramSpec) -> None:
         )
 
 
+def _refuse_own_names(module: str, row: _Row, signature: type[dspy.Signature]) -> None:
+    for what, own, given in (
+        ("input", row.own_inputs, signature.input_fields),
+        ("output", row.own_outputs, signature.output_fields),
+    ):
+        if taken := sorted(own.intersection(given)):
+            raise errors.InvalidSignature(
+                f"Field {taken[0]!r} cannot be an {what} of {module}, which has its own; rename it.",
+                details={"field": taken[0], "module": module},
+            )
+
+
 def _build_reward(spec: ProgramSpec, args: AttemptsArguments, nested: Built, toolbox: Toolbox) -> Reward:
     reward = build_reward(args.reward, toolbox)
     if isinstance(reward, FieldReward) and nested.signature is not None:
@@ -349,16 +365,12 @@ def _build_react(parts: _Parts) -> dspy.Module:
     return dspy.ReAct(parts.signature, tools=parts.tools, max_iters=parts.args.max_iters)
 
 
-_FILTERS = threading.Lock()
-"""Guards Python's warning filters, which belong to the process, while one of them is ours."""
-
-
 def _build_multi_chain_comparison(parts: _Parts) -> dspy.Module:
     config = dict(parts.config)
     temperature = config.pop("temperature", 0.7)
     if parts.args.temperature is not None:
         temperature = parts.args.temperature
-    with _FILTERS, warnings.catch_warnings():
+    with FILTERS, warnings.catch_warnings():
         # DSPy 3.4's own constructor gives the deprecated `prefix`.
         warnings.filterwarnings("ignore", message=".*prefix", category=DeprecationWarning)
         return dspy.MultiChainComparison(parts.signature, M=parts.args.M, temperature=temperature, **config)
@@ -414,9 +426,21 @@ def _accepts(factory: Any, name: str) -> bool:
 
 _ROWS: Mapping[str, _Row] = {
     "Predict": _Row(NoArguments, _build_predict),
-    "ChainOfThought": _Row(NoArguments, _build_chain_of_thought),
-    "ReAct": _Row(ReActArguments, _build_react, takes_tools=True),
-    "MultiChainComparison": _Row(MultiChainComparisonArguments, _build_multi_chain_comparison),
+    "ChainOfThought": _Row(NoArguments, _build_chain_of_thought, own_inputs=frozenset({"reasoning"})),
+    "ReAct": _Row(
+        ReActArguments,
+        _build_react,
+        takes_tools=True,
+        own_inputs=frozenset(
+            {"module", "next_thought", "next_tool_args", "next_tool_name", "reasoning", "trajectory"}
+        ),
+        own_outputs=frozenset({"base", "self", "trajectory"}),
+    ),
+    "MultiChainComparison": _Row(
+        MultiChainComparisonArguments,
+        _build_multi_chain_comparison,
+        own_inputs=frozenset({"rationale", *(f"reasoning_attempt_{number}" for number in range(1, 51))}),
+    ),
     "BestOfN": _Row(AttemptsArguments, _build_best_of_n),
     "Refine": _Row(AttemptsArguments, _build_refine),
 }

@@ -36,9 +36,6 @@ from dspex_kernels.protocol.records import (
 
 __all__ = ["LiveProgram", "check_record", "dump_state", "new_record", "record_of"]
 
-MAX_SHOWN = 60
-"""Characters of a refused value that its error may repeat."""
-
 
 class _FieldState(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -232,7 +229,7 @@ class LiveProgram:
         if name not in self._adapters:
             self._adapters[name] = TypeAdapter(field.annotation)
         try:
-            return self._adapters[name].validate_python(value)
+            return _in_order(self._adapters[name].validate_python(value))
         except ValidationError as failure:
             problem = failure.errors(include_url=False, include_input=False, include_context=False)[0]
             where = ".".join([name, *(str(part) for part in problem["loc"])])
@@ -487,10 +484,23 @@ def _spec_of(signature: type[dspy.Signature]) -> SignatureSpec:
     )
 
 
+def _in_order(value: Any) -> Any:
+    """``value`` with sets as sorted lists: their own order differs by process, and so would the prompts."""
+    match value:
+        case set() | frozenset():
+            return to_json(value)
+        case list():
+            return [_in_order(item) for item in value]
+        case tuple():
+            return tuple(_in_order(item) for item in value)
+        case dict():
+            return {key: _in_order(item) for key, item in value.items()}
+    return value
+
+
 def _shown(value: Any) -> str:
-    """What came, without the whole of it: its type, and the value where it is short."""
+    """What came: its type, and for a text or a collection its length; never the value, which may be a secret."""
     kind = type(value).__name__
-    if isinstance(value, str | bytes | list | tuple | dict | set) and len(value) > MAX_SHOWN:
+    if isinstance(value, str | bytes | list | tuple | dict | set):
         return f"{kind} of length {len(value)}"
-    text = repr(value)
-    return f"{kind} {text}" if len(text) <= MAX_SHOWN else kind
+    return kind

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import keyword
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import dspy
 import pydantic
+from dspy.utils.constants import IS_TYPE_UNDEFINED
 
 from dspex_kernels import errors
 from dspex_kernels.kernel.types import annotation_of, type_text
@@ -31,6 +33,9 @@ RESERVED_INPUTS = frozenset({
     "max_iters", "completions", "interpreter_factory",
 })  # fmt: skip
 """Names that no input can have: DSPy's modules take them for themselves, some without a word."""
+
+FILTERS = threading.Lock()
+"""Guards Python's warning filters, which belong to the process, while one of them is ours."""
 
 _BOUNDS = ("gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pattern")
 _FIELD_NAME = re.compile(r"[^\W\d_]\w{0,127}")
@@ -61,10 +66,14 @@ def build_signature(spec: SignatureSpec) -> type[dspy.Signature]:
     fields = {}
     for side, field_of in ((spec.inputs, dspy.InputField), (spec.outputs, dspy.OutputField)):
         for field in side:
-            annotation, bounds = _without_bounds(annotation_of(field))
-            fields[field.name] = (annotation, field_of(**_said(field), **bounds))
+            full = annotation_of(field)
+            annotation, bounds = _without_bounds(full)
+            # DSPy need not compare the inputs again: it would write what does not fit into the log.
+            checked = {IS_TYPE_UNDEFINED: True} if field_of is dspy.InputField else {}
+            arguments = {**_said(field), **bounds, **checked, **_default(field, full)}
+            fields[field.name] = (annotation, field_of(**arguments))
     try:
-        with warnings.catch_warnings():
+        with FILTERS, warnings.catch_warnings():
             # A field may be called `schema` or `copy`: pydantic only remarks that its class has such a method.
             warnings.filterwarnings("ignore", message="Field name .* shadows an attribute", category=UserWarning)
             built: type[dspy.Signature] = dspy.make_signature(
@@ -89,6 +98,20 @@ def _side_text(side: list[FieldSpec]) -> str:
 def _said(field: FieldSpec) -> dict[str, str]:
     # DSPy writes its own description into the prompt where none is given, but not where it is empty.
     return {"desc": field.description} if field.description else {}
+
+
+def _default(field: FieldSpec, annotation: Any) -> dict[str, Any]:
+    """The default that a field's JSON Schema gives, as a field's argument."""
+    if not isinstance(field.type, dict) or "default" not in field.type:
+        return {}
+    try:
+        return {"default": pydantic.TypeAdapter(annotation).validate_python(field.type["default"])}
+    except pydantic.ValidationError as failure:
+        problem = failure.errors(include_url=False, include_input=False)[0]["msg"]
+        raise errors.InvalidType(
+            f"The JSON Schema of field {field.name!r} has a default that does not fit it: {problem}; mend either.",
+            details={"field": field.name},
+        ) from None  # the failure would carry the value
 
 
 def _without_bounds(annotation: Any) -> tuple[Any, dict[str, Any]]:
@@ -208,6 +231,8 @@ def _check_name(name: str) -> None:
         _refuse(name, f"{reason}; use up to 128 letters, digits and underscores, a letter first.")
     if keyword.iskeyword(name):
         _refuse(name, "is a Python keyword; rename it.")
+    if name.startswith("dspy_"):
+        _refuse(name, "would be hidden: DSPy keeps names that start with dspy_ to itself; rename it.")
     if name in RESERVED_NAMES:
         _refuse(name, "would hide a part of the signature itself; rename it.")
 

@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Self
@@ -84,9 +84,11 @@ class SessionTool(dspy.Tool):
             asyncio.get_running_loop()
         except RuntimeError:
             return asyncio.run(coroutine)
-        # A cell's thread has a loop already, and a loop does not run inside another.
+        # A cell's thread has a loop already, and a loop does not run inside another. A thread of its own: the
+        # executor's may all be waiting, this one among them.
         context = contextvars.copy_context()
-        return self._executor.submit(context.run, asyncio.run, coroutine).result()
+        with ThreadPoolExecutor(1, thread_name_prefix="dspex-tool") as own:
+            return own.submit(context.run, asyncio.run, coroutine).result()
 
 
 class Toolbox:

@@ -227,3 +227,27 @@ def test_plugins_rewards_take_args_as_functions_and_as_classes(plugin: None, too
         with pytest.raises(errors.InvalidModule, match=f"reward '{name}' does not take these args"):
             build_reward({"name": name, "args": {"x": 1}}, toolbox)
     assert build(toolbox, **attempts("Refine", reward={"name": "near"})).module.N == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "signature"),
+    [
+        ("ChainOfThought", "reasoning -> answer"),
+        ("ReAct", "reasoning -> answer"),
+        ("ReAct", "module -> answer"),
+        ("ReAct", "trajectory -> answer"),
+        ("ReAct", "next_tool_name -> answer"),
+        ("ReAct", "question -> trajectory"),
+        ("ReAct", "question -> base"),
+        ("ReAct", "question -> self"),
+        ("MultiChainComparison", "rationale -> answer"),
+        ("MultiChainComparison", "reasoning_attempt_2 -> answer"),
+    ],
+)
+def test_a_field_that_the_module_takes_for_its_own_is_refused(
+    module: str, signature: str, toolbox: Toolbox
+) -> None:
+    # DSPy loses such an input without a word, or fails when the program is called.
+    with pytest.raises(errors.InvalidSignature, match=module):
+        build(toolbox, module=module, signature=signature)
+    assert build(toolbox, module="Predict", signature=signature)

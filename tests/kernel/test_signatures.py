@@ -138,3 +138,15 @@ def test_building_a_signature_costs_about_a_millisecond():
         return time.perf_counter() - start
 
     assert min(once() for _ in range(50)) < 0.003
+
+
+def test_a_name_that_dspy_would_hide_is_refused():
+    for text in ("question -> dspy_answer", "dspy_question -> answer"):
+        with pytest.raises(errors.InvalidSignature, match="dspy_"):
+            signature_spec(text)
+
+
+def test_a_default_that_does_not_fit_its_schema_is_refused():
+    inputs = [FieldSpec(name="count", type={"type": "integer", "minimum": 5, "default": 3})]
+    with pytest.raises(errors.InvalidType, match="count"):
+        build_signature(SignatureSpec(inputs=inputs, outputs=[FieldSpec(name="answer")]))

@@ -286,3 +286,17 @@ def test_a_react_with_tools_is_copied_whole(toolbox: Toolbox) -> None:
     twin = copy.deepcopy(react)
     assert twin.react is not react.react
     assert twin.tools["look_up"] is react.tools["look_up"]
+
+
+def test_an_async_tool_called_on_a_loop_waits_for_no_thread_of_the_executor() -> None:
+    async def later() -> str:
+        return "done"
+
+    with ThreadPoolExecutor(1) as only:
+        toolbox = Toolbox(only)
+        toolbox.add(later)
+
+        async def on_a_loop() -> Any:
+            return toolbox.get("later")()
+
+        assert only.submit(asyncio.run, on_a_loop()).result(timeout=10) == "done"

@@ -146,7 +146,10 @@ def test_jupyter_console_answers(tmp_path):
     with output.open("w") as stdout, os.fdopen(os.open(words, os.O_RDWR), "w", buffering=1) as pipe:
         console = subprocess.Popen(
             [sys.executable, "-m", "jupyter_console", "--kernel", KERNEL, "--simple-prompt"],
-            **{"stdin": subprocess.PIPE, "stdout": stdout, "stderr": subprocess.STDOUT, "text": True},
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         try:
             # A console whose iopub connects after a cell is done waits for its "idle" for ever, with python3 too:
