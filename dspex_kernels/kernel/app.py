@@ -16,13 +16,14 @@ from ipykernel.kernelapp import IPKernelApp
 from jupyter_core.paths import jupyter_data_dir
 
 from dspex_kernels import config, errors
-from dspex_kernels.kernel import cache, display, gate, history, magics
 from dspex_kernels.kernel.calls import SETTING
 from dspex_kernels.kernel.dispatch import MAX_THREADS, CommandThread, Dispatcher, Identity
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.kernel import DSPexKernel
+from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.namespaces import Namespace
-from dspex_kernels.kernel.tools import Toolbox
+from dspex_kernels.kernel.notebook import display, magics
+from dspex_kernels.kernel.programs.tools import Toolbox
 from dspex_kernels.protocol.names import is_session_id
 from dspex_kernels.protocol.records import SessionContents
 

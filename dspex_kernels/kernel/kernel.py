@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from ipykernel.ipkernel import IPythonKernel
 
 from dspex_kernels import __version__, errors
-from dspex_kernels.kernel.asker import NotebookAsker
 from dspex_kernels.kernel.dispatch import Ask, Dispatcher
+from dspex_kernels.kernel.notebook.asker import NotebookAsker
 from dspex_kernels.kernel.status import StatusBoard
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION
 from dspex_kernels.protocol.commands import COMMANDS

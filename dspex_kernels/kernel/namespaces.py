@@ -16,13 +16,13 @@ from dspy.dsp.utils.settings import DEFAULT_CONFIG, main_thread_config
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
-from dspex_kernels.kernel import history
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.ledger import Ledger
-from dspex_kernels.kernel.lms import SessionLM, build_adapter, build_lm
-from dspex_kernels.kernel.programs import LiveProgram
-from dspex_kernels.kernel.tools import Toolbox
+from dspex_kernels.kernel.lms import history
+from dspex_kernels.kernel.lms.profiles import SessionLM, build_adapter, build_lm
+from dspex_kernels.kernel.programs.live import LiveProgram
+from dspex_kernels.kernel.programs.tools import Toolbox
 from dspex_kernels.protocol import limits
 from dspex_kernels.protocol.records import (
     AdapterName,

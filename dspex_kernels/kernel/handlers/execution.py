@@ -11,10 +11,10 @@ import dspy
 from dspex_kernels import errors
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.failures import explain
-from dspex_kernels.kernel.modules import check_config, named_predictors
-from dspex_kernels.kernel.programs import LiveProgram
-from dspex_kernels.kernel.streaming import run_streaming
-from dspex_kernels.kernel.values import to_json
+from dspex_kernels.kernel.programs.live import LiveProgram
+from dspex_kernels.kernel.programs.modules import check_config, named_predictors
+from dspex_kernels.kernel.programs.streaming import run_streaming
+from dspex_kernels.kernel.programs.values import to_json
 from dspex_kernels.protocol.commands import ExecuteProgramArgs, ExecuteProgramResult
 
 if TYPE_CHECKING:

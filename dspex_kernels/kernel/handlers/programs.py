@@ -10,7 +10,7 @@ import dspy
 from dspex_kernels import errors
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.namespaces import Namespace
-from dspex_kernels.kernel.programs import LiveProgram, check_record, new_record, record_of
+from dspex_kernels.kernel.programs.live import LiveProgram, check_record, new_record, record_of
 from dspex_kernels.protocol.commands import (
     CreateProgramArgs,
     CreateProgramResult,

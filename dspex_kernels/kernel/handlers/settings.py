@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from dspex_kernels.kernel import history
 from dspex_kernels.kernel.calls import Call
+from dspex_kernels.kernel.lms import history
 from dspex_kernels.protocol.commands import (
     ConfigureArgs,
     ConfigureResult,

@@ -24,8 +24,8 @@ from dspy.lm15 import Message, Request
 from dspy.utils.exceptions import AdapterParseError, LMError, is_retryable_lm_error
 
 from dspex_kernels.errors import InvalidLMProfile
-from dspex_kernels.kernel.offline_lm import AsyncOfflineEngine, OfflineEngine, offline_engines
-from dspex_kernels.kernel.offline_samples import sample
+from dspex_kernels.kernel.offline.engines import AsyncOfflineEngine, OfflineEngine, offline_engines
+from dspex_kernels.kernel.offline.samples import sample
 from dspex_kernels.protocol.records import OfflineOptions
 
 ADAPTERS = {"chat": dspy.ChatAdapter, "json": dspy.JSONAdapter, "xml": dspy.XMLAdapter}

@@ -12,12 +12,12 @@ import pytest
 from dspy.utils import DummyLM
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.modules import named_predictors
-from dspex_kernels.kernel.programs import LiveProgram, new_record
-from dspex_kernels.kernel.rewards import build_reward, reward_source
-from dspex_kernels.kernel.tools import Toolbox
+from dspex_kernels.kernel.programs.live import LiveProgram, new_record
+from dspex_kernels.kernel.programs.modules import named_predictors
+from dspex_kernels.kernel.programs.rewards import build_reward, reward_source
+from dspex_kernels.kernel.programs.tools import Toolbox
 from dspex_kernels.protocol.commands import CreateProgramArgs
-from tests.kernel.test_tools import look_up, plugin
+from tests.kernel.programs.test_tools import look_up, plugin
 
 __all__ = ["plugin"]  # a fixture
 

@@ -18,8 +18,8 @@ from dspy.utils import DummyLM
 from pydantic import BaseModel
 
 from dspex_kernels import errors
-from dspex_kernels.kernel import tools
-from dspex_kernels.kernel.tools import Toolbox
+from dspex_kernels.kernel.programs import tools
+from dspex_kernels.kernel.programs.tools import Toolbox
 
 PLUGIN = '''
 import dspy

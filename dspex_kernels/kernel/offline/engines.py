@@ -42,8 +42,8 @@ from dspy.clients.errors import ERROR_MAPPING
 from dspy.lm15 import Message, ProviderError, Request, Response, Usage, response_to_events
 
 from dspex_kernels.errors import InvalidLMProfile
-from dspex_kernels.kernel.offline_prompts import OutputField, Prompt, read_prompt
-from dspex_kernels.kernel.offline_samples import Draw, sample, text
+from dspex_kernels.kernel.offline.prompts import OutputField, Prompt, read_prompt
+from dspex_kernels.kernel.offline.samples import Draw, sample, text
 from dspex_kernels.protocol.records import OfflineOptions
 
 CHARACTERS_PER_TOKEN = 4  # the usual rule of thumb for English

@@ -11,7 +11,7 @@ import dspy
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
-from dspex_kernels.kernel.offline_lm import offline_engines
+from dspex_kernels.kernel.offline.engines import offline_engines
 from dspex_kernels.protocol.records import AdapterName, LMProfile, OfflineOptions
 
 RESERVED_PARAMS = frozenset(

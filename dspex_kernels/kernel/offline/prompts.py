@@ -16,7 +16,7 @@ from typing import Any, Literal
 import dspy
 from pydantic import TypeAdapter
 
-from dspex_kernels.kernel.offline_samples import Schema, kind_of
+from dspex_kernels.kernel.offline.samples import Schema, kind_of
 
 Form = Literal["chat", "json", "xml", "text"]
 

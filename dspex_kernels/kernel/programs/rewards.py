@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 from pydantic_core import SchemaError
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.tools import REWARDS, Toolbox
-from dspex_kernels.kernel.values import to_json
+from dspex_kernels.kernel.programs.tools import REWARDS, Toolbox
+from dspex_kernels.kernel.programs.values import to_json
 from dspex_kernels.protocol.messages import first_problem
 
 Reward = Callable[[dict[str, Any], Any], float]

@@ -14,7 +14,7 @@ import pydantic
 from dspy.utils.constants import IS_TYPE_UNDEFINED
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.types import annotation_of, type_text
+from dspex_kernels.kernel.programs.types import annotation_of, type_text
 from dspex_kernels.protocol.records import FieldSpec, SignatureSpec
 
 MAX_SIGNATURE_LENGTH = 50_000

@@ -11,8 +11,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from dspex_kernels import errors
-from dspex_kernels.kernel import magics
-from dspex_kernels.kernel.magic_words import Scope, mapping, split_words
+from dspex_kernels.kernel.notebook import magics
+from dspex_kernels.kernel.notebook.words import Scope, mapping, split_words
 from dspex_kernels.protocol.commands import COMMANDS
 
 SUMMARY = {

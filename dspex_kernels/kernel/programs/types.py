@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union
 import dspy
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.json_schemas import SchemaReader
+from dspex_kernels.kernel.programs.json_schemas import SchemaReader
 from dspex_kernels.protocol.records import FieldSpec
 
 MAX_TYPE_LENGTH = 2000

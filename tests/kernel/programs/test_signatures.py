@@ -4,7 +4,7 @@ import dspy
 import pytest
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.signatures import (
+from dspex_kernels.kernel.programs.signatures import (
     RESERVED_INPUTS,
     RESERVED_NAMES,
     build_signature,

@@ -13,17 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.modules import (
+from dspex_kernels.kernel.programs.modules import (
     NOTEBOOK,
     build_module,
     modules_in,
     named_predictors,
     normalise,
 )
-from dspex_kernels.kernel.signatures import signature_spec, signature_text
-from dspex_kernels.kernel.tools import Toolbox
-from dspex_kernels.kernel.types import type_text
-from dspex_kernels.kernel.values import to_json
+from dspex_kernels.kernel.programs.signatures import signature_spec, signature_text
+from dspex_kernels.kernel.programs.tools import Toolbox
+from dspex_kernels.kernel.programs.types import type_text
+from dspex_kernels.kernel.programs.values import to_json
 from dspex_kernels.protocol.commands import CreateProgramArgs, ProgramSummary
 from dspex_kernels.protocol.records import (
     RECORD_VERSION,

@@ -19,9 +19,9 @@ from dspy.predict.parameter import Parameter
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.rewards import FieldReward, Reward, RewardSpec, build_reward, reward_source
-from dspex_kernels.kernel.signatures import FILTERS, build_signature, signature_spec
-from dspex_kernels.kernel.tools import MODULES, SessionTool, Toolbox
+from dspex_kernels.kernel.programs.rewards import FieldReward, Reward, RewardSpec, build_reward, reward_source
+from dspex_kernels.kernel.programs.signatures import FILTERS, build_signature, signature_spec
+from dspex_kernels.kernel.programs.tools import MODULES, SessionTool, Toolbox
 from dspex_kernels.protocol.messages import first_problem
 from dspex_kernels.protocol.records import ProgramSpec, SignatureSpec, ToolReference
 

@@ -12,8 +12,8 @@ from typing import Any, SupportsIndex
 
 from dspy.clients import base_lm
 
-from dspex_kernels.kernel.gate import current_call
-from dspex_kernels.kernel.values import to_json
+from dspex_kernels.kernel.lms.gate import current_call
+from dspex_kernels.kernel.programs.values import to_json
 from dspex_kernels.protocol.commands import HistoryEntry
 from dspex_kernels.protocol.records import is_offline
 

@@ -10,8 +10,8 @@ import pydantic
 import pytest
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.types import schema_type
-from dspex_kernels.kernel.values import to_json
+from dspex_kernels.kernel.programs.types import schema_type
+from dspex_kernels.kernel.programs.values import to_json
 
 
 class Colour(enum.Enum):

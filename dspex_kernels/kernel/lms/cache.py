@@ -11,7 +11,7 @@ from typing import Any
 import dspy
 from dspy.clients.cache import Cache
 
-from dspex_kernels.kernel.gate import current_call
+from dspex_kernels.kernel.lms.gate import current_call
 
 MAX_ENTRIES = 10_000
 """Answers kept in one kernel, of all its sessions."""

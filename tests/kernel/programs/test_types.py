@@ -7,7 +7,7 @@ import pydantic
 import pytest
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.types import annotation_of, parse_type, schema_type, type_text
+from dspex_kernels.kernel.programs.types import annotation_of, parse_type, schema_type, type_text
 from dspex_kernels.protocol.records import FieldSpec
 
 PERSON = {

@@ -13,7 +13,7 @@ import pydantic
 import pytest
 from IPython.core.formatters import DisplayFormatter
 
-from dspex_kernels.kernel import display
+from dspex_kernels.kernel.notebook import display
 
 SCRIPT = "<script>alert('x')</script>"
 
@@ -173,6 +173,7 @@ def test_every_answer_has_text_html_and_json(bundle):
 
 
 def test_display_loads_without_dspy():
-    code = "import sys, dspex_kernels.kernel.display, dspex_kernels.kernel.magics; print('dspy' in sys.modules)"
+    package = "dspex_kernels.kernel.notebook"
+    code = f"import sys, {package}.display, {package}.magics; print('dspy' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"

@@ -17,9 +17,9 @@ import pytest
 from dspy.utils import DummyLM
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.modules import check_config, named_predictors
-from dspex_kernels.kernel.programs import LiveProgram, check_record, dump_state, new_record, record_of
-from dspex_kernels.kernel.tools import Toolbox
+from dspex_kernels.kernel.programs.live import LiveProgram, check_record, dump_state, new_record, record_of
+from dspex_kernels.kernel.programs.modules import check_config, named_predictors
+from dspex_kernels.kernel.programs.tools import Toolbox
 from dspex_kernels.protocol.commands import CreateProgramArgs
 from dspex_kernels.protocol.records import ProgramRecord, SessionContents
 

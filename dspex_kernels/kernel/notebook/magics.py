@@ -24,8 +24,8 @@ from IPython.core.magic import needs_local_scope, no_var_expand
 from IPython.display import display as show
 
 from dspex_kernels import errors
-from dspex_kernels.kernel import display
-from dspex_kernels.kernel.magic_words import Scope, Value, assignments, mapping, split_words
+from dspex_kernels.kernel.notebook import display
+from dspex_kernels.kernel.notebook.words import Scope, Value, assignments, mapping, split_words
 from dspex_kernels.protocol.commands import LMProfileArgs
 from dspex_kernels.protocol.records import AdapterName, Budget
 
