@@ -409,7 +409,7 @@ def test_an_enum_of_texts_that_look_like_integers_cannot_be_answered_in_json() -
 
 DETERMINISM = f"""
 import dspy, sys, threading
-from tests.kernel.test_offline_lm import Nested, ask, offline_lm
+from tests.kernel.offline.test_engines import Nested, ask, offline_lm
 for adapter in {list(ADAPTERS)!r}:
     print(ask(dspy.Predict(Nested), adapter, lm=offline_lm("s")))
 print("litellm" in sys.modules, threading.active_count())
