@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -62,7 +63,14 @@ class LMPolicy(Configurable):
 
         Raises:
             PolicyDenied: The message names what was refused and the trait that would allow it.
+            InvalidLMProfile: ``api_base`` is not the URL of an endpoint.
         """
+        try:
+            host = host_of(api_base)
+        except errors.InvalidLMProfile as refusal:
+            if self.unrestricted:
+                raise
+            raise errors.PolicyDenied(f"{refusal.message}; LMPolicy allows no other") from None
         if self.unrestricted or is_offline(model):
             return
         if not any(fnmatch.fnmatchcase(model, pattern) for pattern in self.allowed_models):
@@ -70,7 +78,6 @@ class LMPolicy(Configurable):
                 f"model {model!r} is not allowed here: LMPolicy.allowed_models does not list it",
                 details={"model": model},
             )
-        host = host_of(api_base)
         if host and host not in self.allowed_hosts and not any(h == host for _, h in self.allowed_keys):
             raise errors.PolicyDenied(
                 f"host {host!r} is not allowed here: LMPolicy.allowed_hosts does not list it",
@@ -106,17 +113,22 @@ def _plain(value: Any) -> Any:
     return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, list) else value
 
 
+_ENDPOINT = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[^\s\\]*)?", re.IGNORECASE)
+
+
 def host_of(api_base: str | None) -> str:
     """``host`` or ``host:port`` of a URL, lower case; "" where there is none.
 
-    User and password before the host do not count, so that ``http://allowed@evil`` is ``evil``.
+    Raises:
+        InvalidLMProfile: It is not plainly an HTTP URL. What parsers read differently (no scheme, a user before
+            the host, backslashes) could be checked as one host and sent to another.
     """
     if not api_base:
         return ""
-    parts = urlsplit(api_base)
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
-    host = (parts.hostname or "").lower()
-    return f"{host}:{port}" if port is not None else host
+    if not _ENDPOINT.fullmatch(api_base):
+        # Its text is not told: it may hold a password.
+        raise errors.InvalidLMProfile(
+            "api_base is not the URL of an endpoint: give http:// or https://, a host, a port and a path "
+            '("https://llm.example.org/v1"), without user name or password: credentials are the api_key'
+        )
+    return urlsplit(api_base).netloc.lower()

@@ -104,11 +104,19 @@ class TestTheParser:
         assert code == 1
         assert "concurrency" in err
 
+    def test_a_setting_of_the_service_with_a_bad_value_is_refused_in_one_line(self, run_cli):
+        code, _, err = run_cli("demo", "--SessionService.max_sessions=many")
+        assert code == 1
+        [line] = err.splitlines()
+        assert line.startswith("invalid_arguments: ")
+        assert "'max_sessions'" in line
+
     def test_a_configuration_file_of_every_setting_is_written_and_read_back(self, run_cli, tmp_path, monkeypatch):
         monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
         code, _, _ = run_cli("--generate-config")
         text = (tmp_path / "jupyter_dspex_config.py").read_text()
         assert code == 0
+        assert re.findall(r"^# (\w+)\(\w+\) configuration", text, re.M)[:2] == ["SessionService", "LMPolicy"]
         for setting in ("SessionService.max_sessions", "LMPolicy.allowed_models", "BatchApp.concurrency"):
             assert f"c.{setting} = " in text
         (tmp_path / "jupyter_dspex_config.py").write_text(
@@ -116,6 +124,17 @@ class TestTheParser:
         )
         code, _, err = run_cli("install")
         assert (code, "exclude each other" in err) == (1, True)
+
+    @pytest.mark.parametrize("answer", ["", "n\n"])
+    def test_a_configuration_file_that_is_there_is_not_written_over(self, run_cli, tmp_path, monkeypatch, answer):
+        monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        (tmp_path / "jupyter_dspex_config.py").write_text("c.BatchApp.concurrency = 2")
+        code, _, err = run_cli("--generate-config")
+        assert (tmp_path / "jupyter_dspex_config.py").read_text() == "c.BatchApp.concurrency = 2"
+        assert code == (0 if answer else 1)
+        assert err.startswith("invalid_arguments: ") == (not answer)
+        assert "Traceback" not in err
 
 
 class TestArgumentsOfCall:
@@ -190,6 +209,7 @@ class TestInstall:
         [
             (["--user", "--sys-prefix"], "exclude each other"),
             (["--name=no/slash"], "no/slash"),
+            (["--name="], "--name=NAME"),
             (["surplus"], "surplus"),
             (["--prefix=/dev/null"], "--prefix=DIR"),
         ],
@@ -243,7 +263,15 @@ class TestDoctor:
 
     def test_a_missing_kernelspec_fails_with_the_command_that_installs_it(self):
         finding = asyncio.run(doctor.check_kernelspec("dspex-no-such-kernel"))
-        assert (finding.status, finding.remedy) == ("fail", "dspex-kernels install --sys-prefix")
+        assert finding.status == "fail"
+        assert finding.remedy == "dspex-kernels install --sys-prefix --name=dspex-no-such-kernel"
+
+    def test_the_kernelspec_that_the_configuration_names_is_the_one_that_is_checked(self, run_cli):
+        code, out, _ = run_cli("doctor", "--json", "--SessionService.kernel_name=dspex-no-such-kernel")
+        by_name = {finding["name"]: finding for finding in map(json.loads, out.splitlines())}
+        assert code == 1
+        assert by_name["kernelspec dspex-no-such-kernel"]["status"] == "fail"
+        assert "kernel" not in by_name  # none is started of a kernelspec that is not there
 
     def test_a_kernelspec_whose_interpreter_lacks_us_fails(self, tmp_path, monkeypatch):
         python = tmp_path / "bin" / "bare-python"

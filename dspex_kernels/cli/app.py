@@ -13,8 +13,8 @@ from traitlets.utils.importstring import import_item
 from dspex_kernels.cli.base import BASE_FLAGS, CommandLineApp
 
 _CONFIGURABLES = (
-    "dspex_kernels.config.LMPolicy",
     "dspex_kernels.sessions.service.SessionService",
+    "dspex_kernels.config.LMPolicy",
     "dspex_kernels.cli.demo.DemoApp",
     "dspex_kernels.cli.call.CallApp",
     "dspex_kernels.cli.batch.BatchApp",
@@ -71,8 +71,15 @@ class DSPexApp(CommandLineApp):
 
     def generate_config_file(self, classes: list[type[Configurable]] | None = None) -> str:
         """The text of ``jupyter_dspex_config.py``, the subcommands' settings included."""
-        self._load_classes()
-        return str(super().generate_config_file(classes))
+        # The service first: it is what an administrator looks for, among the settings of every application.
+        return str(super().generate_config_file(_configurables()))
+
+    def write_default_config(self) -> None:
+        """Write the configuration file; one that is there only after asking."""
+        try:
+            super().write_default_config()
+        except EOFError:  # nobody is there to be asked
+            self.fail_usage(f"{self.config_file_name}.py is there already: -y writes over it")
 
     def emit_help(self, classes: bool = False) -> Iterator[Any]:
         """The help's lines; ``classes`` adds every setting."""
@@ -81,4 +88,8 @@ class DSPexApp(CommandLineApp):
         yield from super().emit_help(classes)
 
     def _load_classes(self) -> None:
-        self.classes = [type(self), *(import_item(name) for name in _CONFIGURABLES)]
+        self.classes = [type(self), *_configurables()]
+
+
+def _configurables() -> list[type[Configurable]]:
+    return [import_item(name) for name in _CONFIGURABLES]

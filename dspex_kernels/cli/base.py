@@ -13,9 +13,11 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jupyter_core.application import JupyterApp
+from traitlets import TraitError
 from traitlets.config.loader import KVArgParseConfigLoader
 from traitlets.utils.text import wrap_paragraphs
 
@@ -65,6 +67,19 @@ class CommandLineApp(JupyterApp):
     """The form of the call, after the program's name; "" is none to show."""
     shown_defaults: tuple[str, ...] = ()
     """Options whose default is worth a word in the help."""
+
+    def initialize(self, argv: Any = None) -> None:
+        """Parse ``argv`` and read the configuration."""
+        super().initialize(argv)
+        self.log.addFilter(self._is_news)
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Whether a log record says what nobody else does.
+
+        jupyter_client logs each failure, with tracebacks, before it raises it; we tell the raised one in one line.
+        """
+        is_jupyters = record.levelno >= logging.ERROR and "jupyter_client" in Path(record.pathname).parts
+        return not is_jupyters or self.log_level <= logging.DEBUG
 
     def _log_level_default(self) -> int:
         return logging.WARNING
@@ -161,9 +176,17 @@ class Subcommand(CommandLineApp):
         except errors.DSPexError as failure:
             complain(failure)
             return EXIT_FAILED
+        except TraitError as failure:  # a setting of the service: read when it is made
+            complain(errors.InvalidArguments(str(failure)))
+            return EXIT_FAILED
         except BrokenPipeError:
             # The reader (`| head`) has gone; what Python still flushes at exit must have somewhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILED
+        except OSError as failure:
+            # A full disk, a directory of somebody else: the machine's failure, not a defect of ours.
+            self.log.debug("the operating system refused", exc_info=True)
+            complain(errors.StoreError(f"{failure}: dspex-kernels doctor looks for the cause"))
             return EXIT_FAILED
 
 

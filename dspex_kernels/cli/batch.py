@@ -241,7 +241,8 @@ class BatchApp(Subcommand):
         try:
             await self._run_lines(source, output, record, finished, total, tally)
         finally:
-            self._summarise(tally, len(finished), total, output, time.monotonic() - began)
+            if tally != Tally():  # else nothing was tried, and what stopped it is told
+                self._summarise(tally, len(finished), total, output, time.monotonic() - began)
         if tally.stopped_by is not None:
             complain(tally.stopped_by)
         return tally.exit_code

@@ -160,8 +160,8 @@ class DemoApp(Subcommand):
             cost = "cost unknown" if stats["cost"] is None else f"{stats['cost']:.6f} USD"
             self._report(
                 "statistics",
-                f"  {resident.owner:6} {stats['programs']} programs, {stats['executions']} executions, "
-                f"{stats['lm_calls']} LM calls, {stats['total_tokens']} tokens, {cost}",
+                f"  {resident.owner:6} programs {stats['programs']}, executions {stats['executions']}, "
+                f"LM calls {stats['lm_calls']}, tokens {stats['total_tokens']}, {cost}",
                 owner=resident.owner,
                 stats=stats,
             )

@@ -95,7 +95,8 @@ async def check_kernelspec(name: str = KERNEL_NAME) -> Finding:
     """Whether Jupyter finds the kernelspec, and its interpreter finds this very version of us."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
-    label, remedy = f"kernelspec {name}", "dspex-kernels install --sys-prefix"
+    label = f"kernelspec {name}"
+    remedy = "dspex-kernels install --sys-prefix" + ("" if name == KERNEL_NAME else f" --name={name}")
     try:
         spec = await asyncio.to_thread(KernelSpecManager().get_kernel_spec, name)
     except NoSuchKernel:
@@ -273,8 +274,9 @@ class DoctorApp(Subcommand):
         ):
             for finding in await asyncio.to_thread(_listed, check):
                 yield finding
-        yield await check_kernelspec()
-        if self.start_kernel:
+        kernelspec = await check_kernelspec(self.config.SessionService.get("kernel_name", KERNEL_NAME))
+        yield kernelspec
+        if self.start_kernel and kernelspec.status != "fail":
             yield await self.ping_a_kernel()
 
     async def ping_a_kernel(self) -> Finding:

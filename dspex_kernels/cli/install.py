@@ -58,6 +58,8 @@ def install_kernelspec(
     """
     from jupyter_client.kernelspec import KernelSpecManager
 
+    if not name:  # jupyter_client would take the temporary directory's
+        raise errors.InvalidArguments("the kernelspec's name is empty: give --name=NAME, or leave it out")
     specs = KernelSpecManager()
     spec = kernel_spec(python=sys.executable, display_name=display_name or f"DSPy ({name})")
     with tempfile.TemporaryDirectory(prefix="dspex-install-") as source:

@@ -14,6 +14,8 @@ import dspy
 from dspy.dsp.utils.settings import main_thread_config
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_core.paths import jupyter_data_dir
+from traitlets import TraitError
+from traitlets.config import catch_config_error
 
 from dspex_kernels import config, errors
 from dspex_kernels.kernel.calls import SETTING
@@ -41,12 +43,21 @@ class DSPexKernelApp(IPKernelApp):
     name = "dspex-kernel"
     kernel_class = DSPexKernel
 
+    @catch_config_error
+    def initialize(self, argv: list[str] | None = None) -> None:
+        """Start up, or say in one line why not, and exit."""
+        try:
+            super().initialize(argv)
+        except errors.DSPexError as refusal:
+            self.log.critical("this kernel cannot start: %s", refusal.message)
+            self.exit(1)
+
     def init_kernel(self) -> None:
         """Called once the sockets are bound: build the dispatcher, then the kernel around it."""
         self.programs = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="dspex-program")
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
         thread = CommandThread()
-        self.policy = config.LMPolicy.from_json(os.environ.get(config.ENV_LM_POLICY) or "{}")
+        self.policy = self._policy()
         self.dispatcher = Dispatcher(
             self._identity(), open_namespace=self._open_namespace, thread=thread, programs=self.programs
         )
@@ -80,15 +91,27 @@ class DSPexKernelApp(IPKernelApp):
     def _identity(self) -> Identity:
         path = Path(self.abs_connection_file)
         kernel_id = os.environ.get(config.ENV_KERNEL_ID) or path.stem.removeprefix("kernel-")
-        generation = int(os.environ.get(config.ENV_GENERATION) or 1)
+        generation = os.environ.get(config.ENV_GENERATION) or "1"
+        if not (generation.isdecimal() and int(generation) > 0):
+            raise errors.InvalidSession(f"{config.ENV_GENERATION}={generation!r}: give a whole number from 1")
         if os.environ.get(config.ENV_BACKEND) == "pooled":
-            return Identity(kernel_id, None, generation)
+            return Identity(kernel_id, None, int(generation))
         session_id = os.environ.get(config.ENV_SESSION_ID)
         if session_id is None:
             session_id = f"session_{sha256(str(path).encode()).hexdigest()[:16]}"
         elif not is_session_id(session_id):
             raise errors.InvalidSession(f"{config.ENV_SESSION_ID}={session_id!r} cannot be a session's id")
-        return Identity(kernel_id, session_id, generation)
+        return Identity(kernel_id, session_id, int(generation))
+
+    @staticmethod
+    def _policy() -> config.LMPolicy:
+        text = os.environ.get(config.ENV_LM_POLICY) or "{}"
+        try:
+            return config.LMPolicy.from_json(text)
+        except (ValueError, TypeError, TraitError) as failure:
+            raise errors.InvalidLMProfile(
+                f"{config.ENV_LM_POLICY} is no LM policy ({failure}): give what LMPolicy.to_json writes"
+            ) from failure
 
     def _open_namespace(self, session_id: str) -> Namespace:
         if self.dispatcher.identity.session_id is None:

@@ -23,6 +23,9 @@ A setting and not a ContextVar of our own: DSPy carries its settings into its th
 nothing else reaches all of them.
 """
 
+STOPPING_TIME = 1.0
+"""Seconds after which the caller of a stopped call is answered, even if its program will not end."""
+
 
 class Call:
     """One command of one session, or (without a request id) what the cells of a dedicated kernel do.
@@ -62,9 +65,10 @@ class Call:
         self.last_event_at = time.monotonic()
         self._emit = emit
         self._sequence = 0
-        # Guards the three below: stop() comes from any thread.
+        # Guards the four below: stop() comes from any thread.
         self._lock = threading.Lock()
         self._task: asyncio.Task[Any] | None = None
+        self._abandon: Callable[[], None] | None = None
         self._requests: set[asyncio.Task[Any]] = set()
 
     def stop(self, error: DSPexError) -> None:
@@ -74,8 +78,12 @@ class Call:
                 return
             self.stopped = error
             tasks = [t for t in (self._task, *self._requests) if t is not None]
+            running, abandon = self._task, self._abandon
         for task in tasks:
             _cancel_from_anywhere(task)
+        if running is not None and abandon is not None and not running.get_loop().is_closed():
+            loop = running.get_loop()
+            loop.call_soon_threadsafe(loop.call_later, STOPPING_TIME, abandon)
 
     def check(self) -> None:
         """Let the call go on.
@@ -97,18 +105,25 @@ class Call:
         )
 
     @contextmanager
-    def running_in(self, task: asyncio.Task[Any]) -> Iterator[None]:
-        """``task`` runs the command: stop() cancels it."""
+    def running_in(self, task: asyncio.Task[Any], abandon: Callable[[], None]) -> Iterator[None]:
+        """``task`` runs the command: stop() cancels it.
+
+        Args:
+            task: Its program may swallow the cancellation, and go on.
+            abandon: Answers the caller then; called on the task's loop, perhaps after the answer.
+
+        Raises:
+            CallStopped: It was stopped before it ran: nothing of it happens.
+        """
         with self._lock:
-            self._task = task
-            stopped = self.stopped is not None
-        if stopped:
-            task.cancel()
+            if self.stopped is not None:
+                raise CallStopped(self.stopped)
+            self._task, self._abandon = task, abandon
         try:
             yield
         finally:
             with self._lock:
-                self._task = None
+                self._task = self._abandon = None
 
     @contextmanager
     def requesting(self, task: asyncio.Task[Any]) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import logging
 import threading
 import time
@@ -11,8 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-
-import orjson
 
 from dspex_kernels import errors
 from dspex_kernels.kernel import handlers
@@ -108,16 +107,23 @@ class CommandThread(threading.Thread):
         self.loop = asyncio.new_event_loop()
         # DSPy hops through the default executor several times a call: user code never runs in it.
         self.loop.set_default_executor(ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="dspex-dspy"))
+        self._stopping = False
 
     def run(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self._stopping:
+                try:
+                    self.loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):
+                    # asyncio lets these two out of any task: one program's sys.exit() would end every command.
+                    log.warning("a program tried to end the kernel's command loop; it goes on", exc_info=True)
         finally:
             self.loop.close()
 
     def stop(self, timeout: float) -> None:
         """End the loop and wait, at most ``timeout`` seconds."""
+        self._stopping = True
         if self.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.join(timeout)
@@ -178,6 +184,8 @@ class Dispatcher:
                 self._answer(ask, request, namespace, handlers.CONTROL[command.name](self, namespace, args))
                 return None
             call = self._admit(ask, request, command, namespace, args)
+            namespace.touch()
+            return call
         except errors.DSPexError as refusal:
             self._refuse(ask, request, namespace, refusal)
             return None
@@ -185,9 +193,6 @@ class Dispatcher:
             log.exception("a request was not taken in")
             self._refuse(ask, request, namespace, errors.DSPexError(f"the kernel failed: {failure!r}"))
             return None
-        namespace.touch()
-        self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
-        return call
 
     def namespace(self, session_id: str | None) -> Namespace:
         """The namespace of a session, made when it is not there.
@@ -245,7 +250,7 @@ class Dispatcher:
     async def in_thread(self, work: Callable[[], Any]) -> Any:
         """Run a program without an async path in a thread of its own kind, with the caller's context."""
         context = contextvars.copy_context()
-        return await self.loop.run_in_executor(self.programs, context.run, work)
+        return await self.loop.run_in_executor(self.programs, context.run, _without_stop_iteration, work)
 
     def close(self, reason: errors.DSPexError, timeout: float = 5.0) -> None:
         """Answer what runs with ``reason``, close every session, end the thread. From any other thread."""
@@ -302,6 +307,8 @@ class Dispatcher:
                     details={"limit": limits.MAX_RUNNING_COMMANDS},
                 )
             self._running[key] = call
+            # Under the lock: what is admitted before close() is launched before it looks at what runs.
+            self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
         return call
 
     def _launch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
@@ -317,16 +324,19 @@ class Dispatcher:
         if call.deadline is not None:
             timer = self.loop.call_at(call.deadline, lambda: call.stop(call.timed_out()))
         outcome = "ok"
+
+        def abandon() -> None:
+            assert call.stopped is not None
+            self._refuse(ask, request, call.namespace, call.stopped)
+
         try:
-            with call.running_in(task):
+            with call.running_in(task, abandon):
                 result = await handlers.HANDLERS[command.name](self, call, args)
             self._answer(ask, request, call.namespace, result)
-        except BaseException as failure:
+        except BaseException as failure:  # noqa: BLE001  # a program's sys.exit() too is its failure only
             error = explain(failure, call)
             outcome = error.status
             self._refuse(ask, request, call.namespace, error)
-            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-                raise
         finally:
             if timer is not None:
                 timer.cancel()
@@ -353,8 +363,9 @@ class Dispatcher:
             **self._told(request, namespace, ask.message_id),
         }
         secrets = namespace.secrets if namespace is not None else ()
-        text = orjson.dumps(content, default=str).decode()
-        ask.answer(orjson.loads(scrub(text, secrets)))
+        # Not orjson: a failure of user code may hold lone surrogates and integers of any size.
+        text = json.dumps(content, default=str, ensure_ascii=False, skipkeys=True)
+        ask.answer(json.loads(scrub(text.encode(errors="replace").decode(), secrets)))
 
     def _told(
         self, request: Request | None, namespace: Namespace | None, message_id: str | None = None
@@ -372,3 +383,11 @@ class Dispatcher:
             if now - call.last_event_at >= HEARTBEAT:
                 call.emit("heartbeat")
         self._heartbeat = self.loop.call_later(HEARTBEAT / 4, self._beat)
+
+
+def _without_stop_iteration(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except StopIteration as failure:
+        # A future refuses this one exception, and whoever awaits it would wait for ever (as PEP 479 does it).
+        raise RuntimeError("the program raised StopIteration") from failure

@@ -54,7 +54,7 @@ def _provider_failure(failure: dspy.DSPyError, call: Call) -> errors.ProviderFai
     code = failure.code or "provider"
     known = ("model", "provider", "provider_code", "status", "request_id")
     details = {name: value for name in known if (value := getattr(failure, name, None)) is not None}
-    text = failure.message or str(failure)
+    text = failure.message or _text(failure)
     first, *rest = text.strip().splitlines() or [code]
     if rest:  # advice in DSPy's own terms
         details["message"] = _cut(text)
@@ -73,10 +73,11 @@ def _provider_failure(failure: dspy.DSPyError, call: Call) -> errors.ProviderFai
 
 
 def _program_failed(failure: BaseException) -> errors.ProgramFailed:
+    text = _cut(_text(failure))
     return errors.ProgramFailed(
-        f"the program failed: {type(failure).__name__}: {' '.join(_cut(str(failure)).split())}",
+        f"the program failed: {type(failure).__name__}: {' '.join(text.split())}",
         ename=type(failure).__name__,
-        evalue=_cut(str(failure)),
+        evalue=text,
         traceback=_frames(failure),
     )
 
@@ -90,7 +91,14 @@ def _frames(failure: BaseException) -> list[str]:
     if len(lines) > MAX_TRACEBACK_LINES:
         half = MAX_TRACEBACK_LINES // 2
         lines = [*lines[:half], f"  … {len(lines) - 2 * half} more frames …", *lines[-half:]]
-    return ["Traceback (most recent call last):", *lines, f"{type(failure).__name__}: {_cut(str(failure))}"]
+    return ["Traceback (most recent call last):", *lines, f"{type(failure).__name__}: {_cut(_text(failure))}"]
+
+
+def _text(failure: BaseException) -> str:
+    try:
+        return str(failure)
+    except Exception as worse:  # noqa: BLE001  # user code, whose failure must be answered all the same
+        return f"(its text failed: {type(worse).__name__})"
 
 
 def _cut(text: str) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, ClassVar
 
+from ipykernel.iostream import OutStream
 from ipykernel.ipkernel import IPythonKernel
+from IPython.core.interactiveshell import InteractiveShell
 
 from dspex_kernels import __version__, errors
 from dspex_kernels.kernel.dispatch import Ask, Dispatcher
@@ -21,6 +24,9 @@ from dspex_kernels.kernel.status import StatusBoard
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION
 from dspex_kernels.protocol.commands import COMMANDS
 from dspex_kernels.protocol.messages import EVENT, REPLY, REQUEST
+
+RUN_USER_CODE = ("complete_request", "inspect_request", "comm_open", "comm_msg", "comm_close")
+"""Shell messages besides cells that call what a notebook wrote: attributes, widgets' callbacks."""
 
 
 class DSPexKernel(IPythonKernel):
@@ -36,10 +42,12 @@ class DSPexKernel(IPythonKernel):
     def __init__(self, **kwargs: Any) -> None:
         # Before super: it publishes states while it starts.
         self._status = StatusBoard(self._send_status)
-        self._cell: Callable[[], None] | None = None
+        self._cell: Callable[[FrameType | None], None] | None = None
         self.dispatcher: Dispatcher = kwargs["parent"].dispatcher
         self.asker = NotebookAsker(self.dispatcher)
         super().__init__(**kwargs)
+        for name in RUN_USER_CODE:
+            self.shell_handlers[name] = self._interruptible(self.shell_handlers[name])
 
     # What a client sees of us
 
@@ -113,8 +121,10 @@ class DSPexKernel(IPythonKernel):
 
     def _finished(self, parent: dict[str, Any]) -> None:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+            # Not flush(): it waits for the iopub thread, up to ten seconds, and may be a cell's own. The states
+            # leave through the same thread, in order.
+            if isinstance(stream, OutStream):
+                stream.pub_thread.schedule(stream._flush)
         self._status.idle(parent)
 
     def _output_context(self, ident: Any, parent: dict[str, Any]) -> contextvars.Context:
@@ -168,16 +178,30 @@ class DSPexKernel(IPythonKernel):
         """Called by ipykernel after each shell message."""
         signal.signal(signal.SIGINT, self.on_sigint)
 
-    def on_sigint(self, _signum: int, _frame: FrameType | None) -> None:
+    def on_sigint(self, _signum: int, frame: FrameType | None) -> None:
         """End what a person means: the cell that runs, else the commands of the notebook's session.
 
         Installed once and for all instead of stock's swapping: a SIGINT that finds stock's handler between two
         messages is a KeyboardInterrupt in the event loop, which ends the kernel with exit code 0.
         """
         if self._cell is not None:
-            self._cell()
+            self._cell(frame)
         elif self.dispatcher.identity.session_id is not None:
             self.dispatcher.interrupt()
+
+    def _interruptible(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def handle(stream: Any, ident: Any, parent: dict[str, Any]) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                interrupted_by: AbstractContextManager[None] = nullcontext()
+            else:
+                interrupted_by = self._interrupted_by(self._interrupt_cell)
+            # KeyboardInterrupt ends it as stock: ipykernel's dispatch logs it.
+            with interrupted_by:
+                handled = handler(stream, ident, parent)
+                if inspect.isawaitable(handled):
+                    await handled
+
+        return handle
 
     async def do_execute(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a cell, interruptible from its first to its last moment."""
@@ -192,12 +216,12 @@ class DSPexKernel(IPythonKernel):
             return self._interrupted_reply()
         return reply
 
-    def _interrupt_cell(self) -> None:
+    def _interrupt_cell(self, _frame: FrameType | None) -> None:
         if not self.asker.interrupt():
             raise KeyboardInterrupt
 
     @contextmanager
-    def _interrupted_by(self, interrupt: Callable[[], None]) -> Iterator[None]:
+    def _interrupted_by(self, interrupt: Callable[[FrameType | None], None]) -> Iterator[None]:
         outer, self._cell = self._cell, interrupt
         try:
             yield
@@ -206,12 +230,18 @@ class DSPexKernel(IPythonKernel):
 
     @contextmanager
     def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
-        """Called by ipykernel around an awaiting cell. Stock's does not wake a loop that sleeps in select."""
+        """Called by ipykernel around an awaiting cell. Stock's does not wake a loop that sleeps in select.
+
+        Nor does it end a cell that computes between two awaits.
+        """
         loop = asyncio.get_running_loop()
 
-        def interrupt() -> None:
-            if not self.asker.interrupt():
-                loop.call_soon_threadsafe(future.cancel)
+        def interrupt(frame: FrameType | None) -> None:
+            if self.asker.interrupt():
+                return
+            if asyncio.current_task(loop) is future and _in_user_code(frame):
+                raise KeyboardInterrupt
+            loop.call_soon_threadsafe(future.cancel)
 
         with self._interrupted_by(interrupt):
             yield
@@ -248,3 +278,15 @@ class DSPexKernel(IPythonKernel):
 def _is_control(command: Any) -> bool:
     row = COMMANDS.get(command) if isinstance(command, str) else None
     return row is not None and row.control
+
+
+def _in_user_code(frame: FrameType | None) -> bool:
+    """Whether IPython runs a cell's code in this stack: there it makes a KeyboardInterrupt the cell's own error.
+
+    Anywhere else in an asyncio task it would end the main loop, and the kernel.
+    """
+    while frame is not None:
+        if frame.f_code is InteractiveShell.run_code.__code__:
+            return True
+        frame = frame.f_back
+    return False

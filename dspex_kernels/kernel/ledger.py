@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dspex_kernels import errors
@@ -31,8 +31,9 @@ class _ModelTotals:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
-    cost: float | None = 0.0
-    usage: dict[str, Any] = field(default_factory=dict)
+    assumed_tokens: int = 0
+    usd: float = 0.0
+    unpriced: bool = False
 
 
 class Ledger:
@@ -86,42 +87,55 @@ class Ledger:
             return estimate
 
     def release(self, estimate: Estimate) -> None:
-        """Give back a reservation: the request was settled, or never sent."""
+        """Give back a reservation whose request was never sent."""
         with self._lock:
-            held = self._reserved
-            self._reserved = Spent(
-                lm_calls=held.lm_calls - 1,
-                tokens=held.tokens - estimate.tokens,
-                usd=max(0.0, held.usd - (estimate.usd or 0.0)),
-            )
+            self._release(estimate)
 
-    def record(self, model: str, usage: dict[str, Any], cost: float | None, *, failed: bool = False) -> None:
-        """Count one request that was sent.
+    def settle(
+        self, estimate: Estimate, model: str, usage: dict[str, Any], cost: float | None, *, failed: bool = False
+    ) -> None:
+        """Count one request that was sent, in the place of its reservation.
 
         Args:
+            estimate: What was reserved for it.
             model: The model string.
             usage: ``prompt_tokens``, ``completion_tokens``, ``total_tokens`` as far as reported.
             cost: USD; None when unknown, which makes the model's total unknown.
             failed: It ended in an error; what it used is unknown and counted as nothing.
         """
         with self._lock:
+            # In one step: between the two a request of another thread would find neither.
+            self._release(estimate)
             totals = self._models.setdefault(model, _ModelTotals())
             totals.lm_calls += 1
             totals.failed_calls += failed
             prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
             totals.prompt_tokens += prompt
             totals.completion_tokens += completion
-            totals.total_tokens += _count(usage, "total_tokens") or prompt + completion
-            if not failed:
-                totals.cost = None if totals.cost is None or cost is None else totals.cost + cost
+            total = _count(usage, "total_tokens") or prompt + completion
+            totals.total_tokens += total
+            totals.usd += cost or 0.0
+            if failed:
+                return
+            # A provider that reports nothing must not be free of the budget: the estimate stands in.
+            if not total:
+                totals.assumed_tokens += estimate.tokens
+            if cost is None:
+                totals.unpriced = True
+                totals.usd += estimate.usd or 0.0
 
     def record_cache_hit(self) -> None:
         """Count an answer that came from the cache: no request was sent."""
         with self._lock:
             self.cache_hits += 1
 
+    def reserved(self) -> Spent:
+        """What requests that are on their way may use."""
+        with self._lock:
+            return self._reserved
+
     def spent(self) -> Spent:
-        """All that was used, earlier kernels of the session included. Unknown prices count as nothing."""
+        """All that was used, earlier kernels of the session included; estimated where it was not reported."""
         with self._lock:
             return self._spent()
 
@@ -135,7 +149,7 @@ class Ledger:
                     prompt_tokens=t.prompt_tokens,
                     completion_tokens=t.completion_tokens,
                     total_tokens=t.total_tokens,
-                    cost=t.cost,
+                    cost=None if t.unpriced else t.usd,
                 )
                 for model, t in self._models.items()
             }
@@ -143,8 +157,8 @@ class Ledger:
     def cost(self) -> float | None:
         """USD in this kernel; None once a request of unknown price was answered."""
         with self._lock:
-            costs = [t.cost for t in self._models.values()]
-        return None if None in costs else sum(c for c in costs if c is not None)
+            totals = list(self._models.values())
+            return None if any(t.unpriced for t in totals) else sum(t.usd for t in totals)
 
     def lm_calls(self) -> int:
         """Requests sent in this kernel, failed ones and retries included."""
@@ -155,9 +169,16 @@ class Ledger:
         totals = self._models.values()
         return Spent(
             lm_calls=self._before.lm_calls + sum(t.lm_calls for t in totals),
-            tokens=self._before.tokens + sum(t.total_tokens for t in totals),
-            usd=self._before.usd + sum(t.cost or 0.0 for t in totals),
+            tokens=self._before.tokens + sum(t.total_tokens + t.assumed_tokens for t in totals),
+            usd=self._before.usd + sum(t.usd for t in totals),
         )
+
+    def _release(self, estimate: Estimate) -> None:
+        held = self._reserved
+        left = held.lm_calls - 1
+        # The last one takes all: sums of floats do not come back to zero.
+        usd = max(0.0, held.usd - (estimate.usd or 0.0)) if left else 0.0
+        self._reserved = Spent(lm_calls=left, tokens=held.tokens - estimate.tokens, usd=usd)
 
     def _refuse_over(self, what: str, limit: float | None, used: float, more: float) -> None:
         # A limit that is reached exactly is spent: a budget of 0 forbids every request.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -13,7 +14,9 @@ MIN_SECRET = 6
 PLACEHOLDER = "«secret»"
 
 MAX_CHAIN = 20
-"""Causes of an exception that are looked into."""
+"""Causes and contexts of an exception that are looked into."""
+
+_SECRET_NAMES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
 
 
 def scrub(text: str, secrets: Iterable[str]) -> str:
@@ -24,19 +27,39 @@ def scrub(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
+def environment_keys(environ: Mapping[str, str] | None = None) -> set[str]:
+    """Values of the variables whose names say that they are keys: DSPy reads a provider's by itself.
+
+    Args:
+        environ: None is the process's own.
+    """
+    variables = os.environ if environ is None else environ
+    return {value for name, value in variables.items() if name.upper().endswith(_SECRET_NAMES)}
+
+
 def scrub_exception(failure: BaseException, secrets: Iterable[str]) -> None:
-    """Take the secrets out of an exception and its causes, in place."""
+    """Take the secrets out of an exception and of what it came from, in place."""
     known = [secret for secret in secrets if isinstance(secret, str) and len(secret) >= MIN_SECRET]
-    link: BaseException | None = failure
-    for _ in range(MAX_CHAIN):
-        if link is None or not known:
-            return
-        link.args = tuple(_scrubbed(arg, known) for arg in link.args)
-        for name, value in list(vars(link).items()):
-            if isinstance(value, str):
-                setattr(link, name, scrub(value, known))
-        link = link.__cause__ or link.__context__
+    left: list[BaseException | None] = [failure]
+    seen: set[int] = set()
+    while left and known and len(seen) < MAX_CHAIN:
+        link = left.pop(0)
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        # Past the class's own __setattr__, which may forbid it (a frozen dataclass).
+        BaseException.__setattr__(link, "args", _scrubbed(link.args, known))
+        told = vars(link)
+        told.update({name: _scrubbed(value, known) for name, value in told.items()})
+        left += [link.__cause__, link.__context__]
 
 
 def _scrubbed(value: Any, secrets: list[str]) -> Any:
-    return scrub(value, secrets) if isinstance(value, str) else value
+    match value:
+        case str():
+            return scrub(value, secrets)
+        case list() | tuple() if type(value) in (list, tuple):
+            return type(value)(_scrubbed(item, secrets) for item in value)
+        case dict():
+            return {key: _scrubbed(item, secrets) for key, item in value.items()}
+    return value

@@ -52,7 +52,7 @@ class JournalHeader(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     journal_version: Literal[1] = 1
-    start: int = Field(ge=0, description="The offset of the first byte behind this line.")
+    start: int = Field(ge=0, lt=2**62, description="The offset of the first byte behind this line.")
 
 
 class JournalEntry(BaseModel):

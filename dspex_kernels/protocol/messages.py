@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -99,8 +100,8 @@ def parse_request(content: Any, *, default_request_id: str | None = None) -> Req
         raise errors.InvalidMessage(
             f'a {REQUEST} carries a JSON object, not {type(content).__name__}: send {{"command": …, "args": {{…}}}}'
         )
+    check_size(content, limits.MAX_REQUEST_BYTES, what="request")  # first: what is no JSON cannot be quoted
     check_version(content.get("protocol_version", PROTOCOL_VERSION))
-    check_size(content, limits.MAX_REQUEST_BYTES, what="request")
     try:
         request = Request.model_validate(content)
     except ValidationError as failure:
@@ -134,7 +135,7 @@ def check_size(value: Any, limit: int, *, what: str) -> int:
         TooLarge: Over ``limit`` bytes, or nested deeper than ``MAX_DEPTH``.
         InvalidMessage: Not JSON at all.
     """
-    depth = _depth(value, limits.MAX_DEPTH)
+    depth = _depth(value, limits.MAX_DEPTH, what)
     if depth > limits.MAX_DEPTH:
         raise errors.TooLarge(
             f"the {what} nests deeper than {limits.MAX_DEPTH} levels: flatten it",
@@ -152,12 +153,20 @@ def check_size(value: Any, limit: int, *, what: str) -> int:
     return size
 
 
-def _depth(value: Any, limit: int) -> int:
-    """How deep ``value`` nests, counted no further than ``limit`` + 1; iterative, for hostile input."""
+def _depth(value: Any, limit: int, what: str) -> int:
+    """How deep ``value`` nests, counted no further than ``limit`` + 1; iterative, for hostile input.
+
+    Raises:
+        InvalidMessage: A number is not finite. Python reads and writes ``NaN``, others do not; orjson writes null.
+    """
     level, deepest = [value], 0
     while level and deepest <= limit:
         below: list[Any] = []
         for item in level:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise errors.InvalidMessage(
+                    f"the {what} is not JSON, which has no {item}: give null, or a text that says it"
+                )
             if isinstance(item, dict):
                 below.extend(item.values())
             elif isinstance(item, (list, tuple)):
@@ -172,4 +181,9 @@ def first_problem(failure: ValidationError) -> str:
     """The first finding of a validation in one line: the field, and what is wrong with it."""
     problem = failure.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in problem["loc"])[:200] or "the content"  # keys are the sender's
-    return f"{where}: {problem['msg']}"
+    return f"{where}: {cut(problem['msg'])}"
+
+
+def cut(text: str) -> str:
+    """A finding's text, shortened: a choice's lists all that could be chosen."""
+    return text if len(text) <= 500 else f"{text[:499]}…"

@@ -78,7 +78,7 @@ class ProgramRecord(BaseModel):
 
     record_version: Literal[1] = 1
     program_id: ProgramId
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, le=2**31 - 1, description="What a store's integer column holds.")
     spec: ProgramSpec
     state: dict[str, Any] = Field(
         default_factory=dict, description="DSPy's `dump_state()`, each `lm` null; empty for a fresh program."
@@ -94,7 +94,7 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    usd: Annotated[float, Field(ge=0)] | None = None
+    usd: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     tokens: Annotated[int, Field(ge=0)] | None = None
     lm_calls: Annotated[int, Field(ge=0)] | None = Field(None, description="Requests sent to a provider.")
 
@@ -198,7 +198,8 @@ class Spent(BaseModel):
     change: Literal["spent"] = "spent"
     lm_calls: int = Field(0, ge=0)
     tokens: int = Field(0, ge=0)
-    usd: float = Field(0.0, ge=0)
+    # JSON has no infinity: it would be written as null, and the session could never be read again.
+    usd: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 Change = Annotated[

@@ -10,7 +10,7 @@ from typing import Any
 from traitlets import MetaHasTraits
 from traitlets.config import LoggingConfigurable
 
-from dspex_kernels.sessions.kernel_connection import EventListener
+from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.model import SessionRecord
 
 
@@ -29,27 +29,6 @@ class Place:
     pid: int | None
     generation: int
     connection_file: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One command on its way to a session.
-
-    Attributes:
-        command: A name of the command table.
-        args: Its arguments.
-        timeout: Seconds that are left for it, above 0.
-        request_id: The caller's name for the call; None lets the connection choose one.
-        stream: Whether events shall be reported on the way.
-        on_event: Takes each event's content; None is nobody.
-    """
-
-    command: str
-    args: dict[str, Any]
-    timeout: float
-    request_id: str | None = None
-    stream: bool = False
-    on_event: EventListener | None = None
 
 
 LostListener = Callable[[str, Place, str], None]

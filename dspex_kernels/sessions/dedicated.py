@@ -14,21 +14,24 @@ import os
 import signal
 import subprocess
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import zmq.asyncio
+from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 from jupyter_core.paths import jupyter_runtime_dir
 
 from dspex_kernels import config, errors
 from dspex_kernels.protocol.commands import Command
-from dspex_kernels.sessions.backend import Call, Place, SessionBackend
+from dspex_kernels.sessions.backend import Place, SessionBackend
+from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.kernel_connection import KernelConnection, new_context
 from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.tasks import Tasks
 
 LOG_NAME = "kernel.log"
 """A kernel's stdout and stderr, in its session's directory; the last kernel's is beside it with ``.1``."""
@@ -131,7 +134,7 @@ class DedicatedBackend(SessionBackend):
         self._environment = environment
         self._starting = asyncio.Semaphore(max_starting or 2 * (os.cpu_count() or 1))
         self._kernels: dict[str, _Kernel] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(self.log)
         self._context: zmq.asyncio.Context | None = None
         self._multi: Any = None
 
@@ -152,8 +155,8 @@ class DedicatedBackend(SessionBackend):
         endings = [self._end(kernel, closed) for kernel in list(self._kernels.values())]
         try:
             await asyncio.gather(*endings)
-            while self._tasks:
-                await asyncio.wait(set(self._tasks), timeout=SHUTDOWN_TIMEOUT)
+            while running := self._tasks.running:
+                await asyncio.wait(running, timeout=SHUTDOWN_TIMEOUT)
         finally:
             if self._context is not None:
                 self._context.destroy(linger=0)
@@ -209,15 +212,13 @@ class DedicatedBackend(SessionBackend):
         log_file = await asyncio.to_thread(_open_log, kernel.log_path)
         with log_file:
             # Never cancelled halfway: Jupyter would lose sight of a process that runs already.
-            await asyncio.shield(
-                self._spawn(
-                    self._multi.start_kernel(
-                        kernel_name=self._kernel_name,
-                        kernel_id=kernel.kernel_id,
-                        env=self._kernel_env(kernel),
-                        stdout=log_file,
-                        stderr=subprocess.STDOUT,
-                    )
+            await self._tasks.finish(
+                self._multi.start_kernel(
+                    kernel_name=self._kernel_name,
+                    kernel_id=kernel.kernel_id,
+                    env=self._kernel_env(kernel),
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
                 )
             )
         manager = self._multi.get_kernel(kernel.kernel_id)
@@ -242,7 +243,7 @@ class DedicatedBackend(SessionBackend):
         """Clear away what was started. The error to raise; None when ``failure`` itself is to pass."""
         kernel.ending = True
         self._forget(kernel)
-        await asyncio.shield(self._spawn(self._bury(kernel, now=True)))
+        await self._tasks.finish(self._bury(kernel, now=True))
         if isinstance(failure, errors.NotADSPexKernel) or not isinstance(failure, Exception):
             return None
         tail = await asyncio.to_thread(_log_tail, kernel.log_path)
@@ -250,6 +251,8 @@ class DedicatedBackend(SessionBackend):
             why = f"its process {kernel.death}"
         elif isinstance(failure, (TimeoutError, errors.CommandTimeout)):
             why = f"it did not answer within {timeout:g} s (SessionService.kernel_start_timeout)"
+        elif isinstance(failure, NoSuchKernel):
+            why = "there is no such kernelspec: `dspex-kernels install` writes it, `jupyter kernelspec list` shows all"
         else:
             why = f"{type(failure).__name__}: {failure}"
         last = f"; its log ends: {tail.splitlines()[-1]}" if tail else ""
@@ -279,7 +282,7 @@ class DedicatedBackend(SessionBackend):
             loop.add_reader(descriptor, lambda: self._died(kernel, _exit_of(descriptor)))
             kernel.unwatch.callback(loop.remove_reader, descriptor)
         else:
-            task = self._spawn(self._wait_for_end(kernel, provisioner))
+            task = self._tasks.spawn(self._wait_for_end(kernel, provisioner))
             kernel.unwatch.callback(task.cancel)
 
     async def _wait_for_end(self, kernel: _Kernel, provisioner: Any) -> None:
@@ -299,7 +302,7 @@ class DedicatedBackend(SessionBackend):
         kernel.ending = True
         self.log.warning("session %s: kernel %s %s", kernel.session_id, kernel.kernel_id, how)
         self._forget(kernel)
-        self._spawn(self._bury(kernel, now=True))
+        self._tasks.spawn(self._bury(kernel, now=True))
         if self.lost is not None:
             self.lost(kernel.session_id, kernel.place, f"its kernel {how}")
 
@@ -309,7 +312,7 @@ class DedicatedBackend(SessionBackend):
         if kernel.connection is not None:
             kernel.connection.fail_all(lambda _: error)
         self._forget(kernel)
-        await asyncio.shield(self._spawn(self._bury(kernel, now=False)))
+        await self._tasks.finish(self._bury(kernel, now=False))
 
     async def _bury(self, kernel: _Kernel, *, now: bool) -> None:
         """Take everything of a kernel away: watch, sockets, process group, connection file."""
@@ -333,12 +336,6 @@ class DedicatedBackend(SessionBackend):
     def _forget(self, kernel: _Kernel) -> None:
         if self._kernels.get(kernel.session_id) is kernel:
             del self._kernels[kernel.session_id]
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def _kernel_died(kernel: _Kernel, row: Command | None) -> errors.KernelDied:
@@ -384,7 +381,9 @@ def _link(link: Path, connection_file: str) -> None:
 def _log_tail(path: Path) -> str:
     """The last lines of a log; "" when there is none."""
     try:
-        text = path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+        with path.open("rb") as log:  # it may be of any size
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            text = log.read(LOG_TAIL_BYTES).decode(errors="replace")
     except OSError:
         return ""
     return "\n".join(_nonempty(text)).strip()

@@ -6,13 +6,16 @@ import asyncio
 import os
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import orjson
+import zmq
 from jupyter_client.connect import find_connection_file
+from traitlets import TraitError
 
 from dspex_kernels import errors
-from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, EventListener, KernelConnection
+from dspex_kernels.sessions.calls import CallOptions
+from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, KernelConnection
 from dspex_kernels.sessions.session import Session
 
 
@@ -34,22 +37,10 @@ class KernelSession(Session):
         self,
         command: str,
         args: Mapping[str, Any] | None = None,
-        *,
-        timeout: float | None = None,
-        request_id: str | None = None,
-        stream: bool = False,
-        on_event: EventListener | None = None,
+        **options: Unpack[CallOptions],
     ) -> dict[str, Any]:
         """As ``Session.call``."""
-        return await self._connection.request(
-            command,
-            args,
-            session_id=self.session_id,
-            timeout=timeout,
-            request_id=request_id,
-            stream=stream,
-            on_event=on_event,
-        )
+        return await self._connection.request(command, args, session_id=self.session_id, **options)
 
     async def info(self) -> dict[str, Any]:
         """``session_id``, ``backend``, ``kernel_id``, ``generation``, ``protocol_version``."""
@@ -86,14 +77,24 @@ class _Connecting:
 
     async def _connect(self) -> KernelSession:
         info = await asyncio.to_thread(_read_connection_file, self._connection_file)
-        connection = KernelConnection(info, name=os.fspath(self._connection_file))
+        connection = await self._open(info)
         try:
-            await connection.open()
             about = await connection.identify(timeout=self._timeout)
             return KernelSession(connection, self._choose(about), about)
         except BaseException:
             await connection.close()
             raise
+
+    async def _open(self, info: Mapping[str, Any]) -> KernelConnection:
+        path = os.fspath(self._connection_file)
+        connection: KernelConnection | None = None
+        try:
+            connection = KernelConnection(info, name=path)
+            return await connection.open()
+        except (TraitError, TypeError, ValueError, zmq.ZMQError) as failure:
+            if connection is not None:
+                await connection.close()
+            raise errors.NotADSPexKernel(f"{path} is no connection file of a kernel: {failure}") from failure
 
     def _choose(self, about: Mapping[str, Any]) -> str:
         theirs = about.get("session_id")

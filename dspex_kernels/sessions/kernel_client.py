@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from jupyter_client.asynchronous import AsyncKernelClient
 
-from dspex_kernels.sessions.kernel_connection import EventListener, KernelConnection
+from dspex_kernels.sessions.calls import CallOptions
+from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, KernelConnection
 
 
 class DSPexKernelClient(AsyncKernelClient):
@@ -26,10 +27,7 @@ class DSPexKernelClient(AsyncKernelClient):
         args: Mapping[str, Any] | None = None,
         *,
         session_id: str | None = None,
-        timeout: float | None = None,
-        request_id: str | None = None,
-        stream: bool = False,
-        on_event: EventListener | None = None,
+        **options: Unpack[CallOptions],
     ) -> dict[str, Any]:
         """Ask one command of a session in this kernel; any number at once.
 
@@ -37,10 +35,7 @@ class DSPexKernelClient(AsyncKernelClient):
             command: A name of the command table.
             args: Its arguments.
             session_id: Whose command; None is a dedicated kernel's own session.
-            timeout: Seconds; None is the command's default.
-            request_id: A name for the call, for ``cancel``.
-            stream: Whether events are reported on the way.
-            on_event: Takes each event's content.
+            **options: As ``Session.call`` takes them.
 
         Raises:
             NotADSPexKernel: The kernel is another kind.
@@ -52,17 +47,9 @@ class DSPexKernelClient(AsyncKernelClient):
             self._dspex_identified = False
             await connection.open()
         if not self._dspex_identified:
-            await connection.identify()
+            await connection.identify(timeout=options.get("timeout") or DEFAULT_TIMEOUT)
             self._dspex_identified = True
-        return await connection.request(
-            command,
-            args,
-            session_id=session_id,
-            timeout=timeout,
-            request_id=request_id,
-            stream=stream,
-            on_event=on_event,
-        )
+        return await connection.request(command, args, session_id=session_id, **options)
 
     def stop_channels(self) -> None:
         """As Jupyter's, and closes the connection for dspex messages; ``dspex()`` opens another."""

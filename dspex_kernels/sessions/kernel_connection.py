@@ -27,9 +27,7 @@ from jupyter_client.session import Session as MessageSession
 from dspex_kernels import errors
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION, messages
 from dspex_kernels.protocol.commands import Command, get_command
-
-EventListener = Callable[[dict[str, Any]], None]
-"""Takes an event's content; called on the event loop, so it must not block."""
+from dspex_kernels.sessions.calls import EventListener
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds for a command whose row names none."""
@@ -223,7 +221,7 @@ class KernelConnection:
             if isinstance(stop, asyncio.CancelledError):
                 raise
             raise errors.CommandTimeout(
-                f"{command}: kernel {self.name} gave no answer in {seconds:g} s, nor in {self._grace:g} s more; "
+                f"{command}: kernel {self.name} gave no answer in {seconds:.3g} s, nor in {self._grace:g} s more; "
                 "give more time, or see the kernel's log",
                 details={"command": command, "timeout_s": seconds},
             ) from None  # the TimeoutError tells nothing more
@@ -242,7 +240,8 @@ class KernelConnection:
         except TimeoutError:
             self._abandon(message["header"]["msg_id"])
             raise errors.CommandTimeout(
-                f"kernel {self.name} did not answer kernel_info within {timeout:g} s: is it running?",
+                f"kernel {self.name} did not answer kernel_info within {timeout:g} s: is it running, with "
+                "the ports and the key that were given?",
                 details={"timeout_s": timeout},
             ) from None  # the TimeoutError tells nothing more
 

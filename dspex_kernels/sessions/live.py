@@ -20,6 +20,7 @@ from dspex_kernels.protocol.records import (
     SettingsChanged,
 )
 from dspex_kernels.protocol.states import SessionStatus, move
+from dspex_kernels.sessions.lease import Lease
 from dspex_kernels.sessions.model import SessionRecord
 
 
@@ -42,6 +43,10 @@ class LiveSession:
     """Calls with a ``request_id`` that wait for the place; ``cancel`` resolves them."""
     lm_with_key: LMProfileArgs | None = None
     """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
+    lease: Lease | None = None
+    """Held from the first opening on: no other service opens or destroys the session meanwhile."""
+    creating: asyncio.Task[None] | None = None
+    """Writes a new session's record; None for one that the store holds already."""
     touched: float = 0.0
     reason: str = ""
     """Why it is hibernated or failed, for messages."""
@@ -49,13 +54,9 @@ class LiveSession:
     @classmethod
     def of(cls, record: SessionRecord, reason: str = "") -> Self:
         """A session that has no place yet."""
-        return cls(
-            record.model_copy(update={"contents": SessionContents()}),
-            record.last_activity,
-            programs=dict.fromkeys(record.contents.programs),
-            lm=record.contents.settings.lm,
-            reason=reason,
-        )
+        live = cls(record, record.last_activity, reason=reason)
+        live.refresh(record)
+        return live
 
     @property
     def session_id(self) -> str:
@@ -65,6 +66,28 @@ class LiveSession:
     def directory(self) -> Path:
         assert self.record.directory is not None  # every session of a dedicated kernel has one
         return Path(self.record.directory)
+
+    def claim(self) -> None:
+        """Make the session this service's.
+
+        Raises:
+            SessionNotReady: Another service has it.
+            StoreError: The disk refuses.
+        """
+        if self.lease is None:
+            self.lease = Lease.acquire(self.session_id, self.directory)
+
+    def release(self) -> None:
+        """Leave the session to whichever service opens it next."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.release()
+
+    def refresh(self, record: SessionRecord) -> None:
+        """Know what the store holds now: another service may have changed it."""
+        self.record = record.model_copy(update={"contents": SessionContents()})
+        self.programs = dict.fromkeys(record.contents.programs)
+        self.lm = record.contents.settings.lm
 
     def note(self, **changed: Any) -> None:
         """Change fields of the record."""

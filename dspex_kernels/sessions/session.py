@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
-from dspex_kernels.sessions.kernel_connection import EventListener
+from dspex_kernels.sessions.calls import CallOptions, EventListener
 
 
 class Prediction:
@@ -95,21 +95,16 @@ class Session(abc.ABC):
         self,
         command: str,
         args: Mapping[str, Any] | None = None,
-        *,
-        timeout: float | None = None,
-        request_id: str | None = None,
-        stream: bool = False,
-        on_event: EventListener | None = None,
+        **options: Unpack[CallOptions],
     ) -> dict[str, Any]:
         """Ask one command and return its result.
 
         Args:
             command: A name of the command table.
             args: Its arguments; None is none.
-            timeout: Seconds, above 0; None is the default.
-            request_id: A name for the call, by which ``cancel`` finds it; None is none.
-            stream: Whether tokens and status are reported on the way.
-            on_event: Takes each event's content, on the event loop.
+            **options: ``timeout`` (seconds; None is the default), ``request_id`` (a name by which ``cancel`` finds
+                the call), ``stream`` (report tokens and status on the way), ``on_event`` (takes each event's
+                content, on the event loop).
         """
 
     @abc.abstractmethod

@@ -17,7 +17,8 @@ import pytest
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
-from dspex_kernels.sessions.backend import Call, Place, SessionBackend
+from dspex_kernels.sessions.backend import Place, SessionBackend
+from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.model import SessionRecord
 from tests.sessions.memory_backend import MemoryBackend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import sqlite3
 import stat
@@ -20,6 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from dspex_kernels import errors
+from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.protocol import journal, limits
 from dspex_kernels.protocol.names import new_session_id
 from dspex_kernels.protocol.records import (
@@ -787,3 +789,78 @@ def test_the_queries_are_written_for_postgresql_too(statement: str) -> None:
     assert {"upsert": "FOR UPDATE", "page": "(dspex_sessions.created_at, dspex_sessions.session_id) >"}[
         statement
     ] in compiled
+
+
+def test_a_value_that_fits_no_column_is_refused_and_the_store_goes_on(store_url: str) -> None:
+    async def main() -> None:
+        async with _store_with_session(store_url) as (store, record):
+            for call in (
+                store.get("\ud800"),
+                store.list(owner="\ud800"),
+                store.list(after="\ud800~x"),
+                store.delete("\ud800"),
+                store.set_generation(record.session_id, 2**63),
+                store.save_changes(record.session_id, CHANGES, 2**63),
+            ):
+                with pytest.raises(errors.InvalidArguments, match="cannot hold"):
+                    await call
+            assert await store.get(record.session_id) == record
+
+    asyncio.run(main())
+
+
+def test_what_was_spent_is_a_number_that_can_be_read_again() -> None:
+    """JSON has no infinity: written as null it made the session unreadable for ever."""
+    for usd in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="usd"):
+            Spent(usd=usd)
+        with pytest.raises(ValueError, match="usd"):
+            Budget(usd=usd)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_random_history_folds_alike_in_the_kernel_its_journal_and_the_store(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    latest: dict[str, int] = {}
+
+    def change() -> Change:
+        program = f"p{chance.randrange(4)}"
+        match chance.choices(["put", "delete", "settings", "spent", "reset"], [60, 5, 4, 10, 1])[0]:
+            case "put":
+                latest[program] = latest.get(program, 0) + 1
+                return _put(program, latest[program], text=chance.choice(["a", "ü\u2028", "\0", "\U0001f600"]))
+            case "delete":
+                latest.pop(program, None)
+                return ProgramDeleted(program_id=program)
+            case "settings":
+                return SettingsChanged(settings=SessionSettings(budget=Budget(tokens=chance.randrange(9))))
+            case "spent":
+                return Spent(tokens=chance.randrange(99), usd=chance.random())
+        latest.clear()
+        return SessionReset()
+
+    async def main() -> None:
+        contents = SessionContents()
+        async with _store_with_session(f"sqlite:///{tmp_path}/s.sqlite") as (store, record):
+            offset = None
+            for _ in range(12):
+                kernel, before = Journal.open(tmp_path)
+                assert before == contents
+                for _ in range(chance.randrange(40)):
+                    made = change()
+                    kernel.append(made)
+                    contents.apply(made)
+                    if chance.random() < 0.02:
+                        kernel.compact()
+                kernel.close()
+                with kernel.path.open("ab") as file:  # a write that a kill -9 cut off
+                    file.write(b'{"check":"'[: chance.randrange(10)])
+                data = kernel.path.read_bytes()
+                if chance.random() < 0.6:  # else the service was away
+                    read = journal.unread(data, offset)
+                    await store.save_changes(record.session_id, read.changes, read.offset)
+                    offset = read.offset
+                    assert (await store.get(record.session_id)).contents == contents
+                assert journal.fold(journal.decode(data)[0]) == contents
+
+    asyncio.run(main())

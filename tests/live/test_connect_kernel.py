@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 from collections.abc import Coroutine, Iterator
@@ -102,6 +103,54 @@ def test_a_file_that_is_not_there_or_no_connection_file_is_named(tmp_path: Path)
             await connect_kernel(other)
 
     run(work())
+
+
+@pytest.mark.parametrize("wrong", [{"signature_scheme": "rot13"}, {"shell_port": "none"}])
+def test_a_file_whose_values_no_kernel_has_is_named(offline: LiveKernel, tmp_path: Path, wrong: dict[str, Any]):
+    async def work() -> None:
+        path = tmp_path / "wrong.json"
+        path.write_text(json.dumps(json.loads(Path(offline.manager.connection_file).read_text()) | wrong))
+        with pytest.raises(errors.NotADSPexKernel, match=r"wrong\.json is no connection file of a kernel"):
+            await connect_kernel(path)
+
+    run(work())
+
+
+def test_a_wrong_key_or_a_kernel_that_is_gone_costs_the_timeout_and_no_more(offline: LiveKernel, tmp_path: Path):
+    async def work() -> None:
+        info = json.loads(Path(offline.manager.connection_file).read_text())
+        path = tmp_path / "wrong.json"
+        gone = {"shell_port": 1, "control_port": 2, "iopub_port": 3}
+        for wrong in ({"key": "another"}, gone):
+            path.write_text(json.dumps(info | wrong))
+            async with asyncio.timeout(5):
+                with pytest.raises(errors.CommandTimeout, match=r"within 0\.3 s.*the ports and the key"):
+                    await connect_kernel(path, timeout=0.3)
+                client = DSPexKernelClient()
+                client.load_connection_info(info | wrong)
+                try:
+                    with pytest.raises(errors.CommandTimeout):
+                        await client.dspex("list_programs", timeout=0.3)
+                finally:
+                    client.stop_channels()
+                    client.context.destroy(linger=0)
+
+    run(work())
+
+
+def test_a_pooled_kernel_is_asked_for_the_session_that_is_named(tmp_path: Path):
+    with LiveKernel(env={"DSPEX_BACKEND": "pooled"}) as pooled:
+
+        async def work() -> None:
+            path = pooled.manager.connection_file
+            with pytest.raises(errors.InvalidSession, match="session_id="):
+                await connect_kernel(path)
+            async with connect_kernel(path, session_id="a") as a, connect_kernel(path, session_id="b") as b:
+                await a.create_program("qa", "question -> answer")
+                assert await b.list_programs() == []
+                assert (await a.info())["session_id"] == "a"
+
+        run(work())
 
 
 def test_a_plain_python_kernel_is_told_apart():

@@ -181,6 +181,25 @@ def test_a_demo_without_its_key_fails_in_one_line():
     assert re.match(r"[a-z_]+: ", done.stderr)
 
 
+@pytest.mark.parametrize("argv", [("demo",), ("batch", "in.jsonl", "--output=o.jsonl", "--signature=q -> a")])
+def test_what_cannot_start_a_kernel_fails_in_one_line(tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text('{"q": "?"}\n')
+    done = run_cli(*argv, "--SessionService.kernel_name=dspex-no-such-kernel")
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("kernel_start_failed: ")
+    assert "dspex-no-such-kernel" in line
+
+
+def test_a_directory_that_cannot_be_made_fails_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = run_cli("demo", env={"JUPYTER_RUNTIME_DIR": str(tmp_path / "file" / "runtime")})
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert str(tmp_path / "file") in line
+
+
 def test_the_readmes_example_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [block] = re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M)

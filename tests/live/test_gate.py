@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from dspex_kernels.config import LMPolicy
 from tests.live.kernels import LiveKernel
-from tests.lm_server import EchoKeyInError, Hang, Junk, LMServer, Sequence, Status
+from tests.lm_server import Answer, EchoKeyInError, Hang, Hold, Junk, LMServer, Sequence, Status
 from tests.waiting import wait_for
 
 KEY = "sk-test-0123456789abcdef"
@@ -242,17 +245,201 @@ def test_dspy_configure_in_a_cell_is_the_sessions_setting(
     assert len(lm_server.requests) == 1
 
 
+def _sockets(kernel: LiveKernel, server: LMServer) -> int:
+    connections = psutil.Process(kernel.pid).net_connections(kind="tcp")
+    return len([c for c in connections if c.raddr and c.raddr.port == server.port])
+
+
 def test_clients_of_an_lm_are_closed_when_another_takes_its_place(wired: LiveKernel, lm_server: LMServer) -> None:
-    def sockets() -> int:
-        return len([c for c in psutil_connections(wired.pid) if c.raddr and c.raddr.port == lm_server.port])
-
     wired.result("execute_program", _ask("Predict"))
-    assert sockets() == 1
+    wired.run("dspy.Predict('question -> answer')(question='from a cell')")
+    wired.run("await dspy.Predict('question -> answer').acall(question='from a cell, awaited')")
+    assert _sockets(wired, lm_server) == 3
     wired.result("configure", {"lm": "offline/echo"})
-    wait_for(lambda: sockets() == 0, what="the old LM's socket to be closed")
+    wait_for(lambda: _sockets(wired, lm_server) == 0, what="the old LM's sockets to be closed")
 
 
-def psutil_connections(pid: int) -> Any:
-    import psutil
+@pytest.mark.parametrize("program", MODULES)
+def test_a_call_goes_on_with_the_lm_it_began_with(
+    wired: LiveKernel, lm_server: LMServer, make_lm_server: Callable[[], LMServer], program: str
+) -> None:
+    other = make_lm_server()
+    hold = Hold()
+    lm_server.behaviour = hold
+    call = wired.send("execute_program", _ask(program))
+    lm_server.wait_for_request()
+    _configure(wired, other)
+    hold.release()
+    assert wired.reply(call)["status"] == "ok"
+    assert other.requests == []
+    wait_for(lambda: _sockets(wired, lm_server) == 0, what="the old LM's sockets to be closed after the call")
 
-    return psutil.Process(pid).net_connections(kind="tcp")
+
+BLOCKING = """
+class Blocking(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.predict = dspy.Predict("question -> answer")
+
+    async def aforward(self, question):
+        if question == "one":
+            return self.predict(question=question)
+        pairs = [(self.predict, dspy.Example(question=f"{question} {n}").with_inputs("question")) for n in range(3)]
+        return dspy.Parallel(num_threads=3, disable_progress_bar=True)(pairs)[0]
+
+blocking = Blocking()
+%dspex add blocking
+"""
+
+
+@pytest.mark.parametrize("question", ["one", "many"])
+def test_an_async_module_that_asks_synchronously_is_answered(
+    wired: LiveKernel, lm_server: LMServer, counts: Counts, question: str
+) -> None:
+    wired.run(BLOCKING)
+    lm_server.behaviour = Sequence([Status(503), lm_server.behaviour])
+    result = wired.result("execute_program", _ask("blocking", question), timeout_s=15.0)
+    assert "answers" in result["outputs"]["answer"]
+    assert counts["lm_calls"] == len(lm_server.requests) == {"one": 2, "many": 4}[question]
+
+
+@pytest.mark.parametrize("question", ["one", "many"])
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_an_async_module_that_blocks_the_loop_can_be_stopped(
+    wired: LiveKernel, lm_server: LMServer, how: str, question: str
+) -> None:
+    wired.run(BLOCKING)
+    lm_server.behaviour = Hang()
+    seconds = 1.0 if how == "deadline" else 30.0
+    call = wired.send("execute_program", _ask("blocking", question), request_id="blocks", timeout_s=seconds)
+    lm_server.wait_for_request()
+    if how == "cancel":
+        wired.result("cancel", {"request_id": "blocks"}, control=True)
+    assert wired.reply(call)["error"]["code"] == {"cancel": "cancelled", "deadline": "timeout"}[how]
+    for n in range(len(lm_server.requests)):
+        lm_server.wait_for_disconnect(n + 1)
+
+
+def test_an_interrupted_stream_of_a_cell_closes_its_socket(wired: LiveKernel, lm_server: LMServer) -> None:
+    lm_server.behaviour = Hang(after_events=3)
+    cell = wired.execute(
+        "predict = dspy.Predict('question -> answer')\n"
+        "stream = dspy.streamify(predict, stream_listeners=[dspy.streaming.StreamListener('answer')])\n"
+        "async for item in stream(question='why?'): print(item)"
+    )
+    lm_server.wait_for_request()
+    wired.interrupt()
+    assert wired.reply(cell)["status"] == "error"
+    lm_server.wait_for_disconnect()
+
+
+def test_a_streams_tokens_and_cost_are_counted(wired: LiveKernel, lm_server: LMServer, counts: Counts) -> None:
+    _configure(wired, lm_server, model="openai/gpt-4o-mini", cache=False)
+    streamed = wired.result("execute_program", _ask("Predict"), stream=True)
+    plain = wired.result("execute_program", _ask("Predict"))
+    assert streamed["cost"] == plain["cost"] > 0
+    (usage,) = plain["usage"].values()
+    assert counts["total_tokens"] == 2 * usage["total_tokens"]
+    assert counts["lm_calls"] == 2
+
+
+def test_a_stream_that_breaks_off_is_counted_and_leaves_nothing_reserved(
+    wired: LiveKernel, lm_server: LMServer, counts: Counts
+) -> None:
+    lm_server.behaviour = Hang(after_events=3)
+    call = wired.send("execute_program", _ask("Predict"), request_id="stream", stream=True)
+    lm_server.wait_for_request()
+    wired.result("cancel", {"request_id": "stream"}, control=True)
+    assert wired.reply(call)["status"] == "aborted"
+    lm_server.wait_for_disconnect()
+    assert (counts["lm_calls"], counts["failed_calls"]) == (1, 1)
+    lm_server.behaviour = Answer()
+    counts.allow(1)
+    wired.result("execute_program", _ask("Predict"))
+
+
+def test_parameters_that_lead_past_the_gate_are_refused(wired: LiveKernel, lm_server: LMServer) -> None:
+    forbidden: list[dict[str, Any]] = [
+        {"fallbacks": [{"model": "openai/other", "api_base": lm_server.api_base}]},
+        {"max_retries": 5},
+        {"base_url": lm_server.api_base},
+        {"extra_body": {}},
+        {"input_cost_per_token": 0},
+    ]
+    for params in forbidden:
+        lm = {"model": "openai/canary-model", "api_base": lm_server.api_base, "api_key": KEY, "params": params}
+        error = wired.error("configure", {"lm": lm})
+        assert error["code"] == "invalid_lm_profile"
+        assert next(iter(params)) in error["message"]
+
+
+def test_a_copied_program_keeps_its_lms_key(wired: LiveKernel, lm_server: LMServer) -> None:
+    wired.run(
+        "import copy\n"
+        "program = dspy.Predict('question -> answer')\n"
+        "program.set_lm(dspy.settings.lm)\n"
+        "program.deepcopy()(question='a copy')\n"
+        "copy.deepcopy(dspy.settings.lm)('the LM itself, copied')"
+    )
+    assert [request.api_key for request in lm_server.requests] == [KEY, KEY]
+
+
+def test_another_script_of_the_offline_lm_gives_its_own_answers(wired: LiveKernel) -> None:
+    answers = []
+    for answer in ("one", "two"):
+        script = {"model": "offline/echo", "offline": {"answers": [{"answer": answer}]}}
+        wired.result("configure", {"lm": script})
+        answers.append(wired.result("execute_program", _ask("Predict"))["outputs"]["answer"])
+    assert answers == ["one", "two"]
+
+
+def test_a_key_of_the_environment_that_a_provider_echoes_reaches_nobody(lm_server: LMServer) -> None:
+    with LiveKernel(env={"OPENAI_API_KEY": KEY}) as kernel:
+        kernel.result("configure", {"lm": {"model": "openai/canary-model", "api_base": lm_server.api_base}})
+        kernel.result("create_program", {"id": "Predict", **MODULES["Predict"]})
+        lm_server.behaviour = EchoKeyInError()
+        answer = kernel.ask("execute_program", _ask("Predict"))
+        assert answer["error"]["code"] == "auth"
+        assert lm_server.requests[0].api_key == KEY
+        assert KEY not in str(answer)
+
+
+def test_requests_that_go_through_litellm_pass_the_gate_and_keep_the_key(
+    lm_server: LMServer, tmp_path: Path
+) -> None:
+    log = tmp_path / "kernel.log"
+    environment = {"OPENAI_BASE_URL": lm_server.api_base}
+    with LiveKernel(env=environment, output=log.open("wb"), arguments=["--debug"]) as kernel:
+        kernel.result("configure", {"lm": {"model": "openai/canary-model", "api_key": KEY}})
+        kernel.result("create_program", {"id": "Predict", **MODULES["Predict"]})
+        lm_server.behaviour = Sequence([Status(503), Answer()])
+        assert kernel.result("execute_program", _ask("Predict"))["lm_calls"] == len(lm_server.requests) == 2
+        lm_server.behaviour = EchoKeyInError()
+        answer = kernel.ask("execute_program", _ask("Predict", "and the key?"))
+        assert answer["error"]["code"] == "auth"
+        assert KEY not in str(answer)
+        lm_server.behaviour = Hang()
+        call = kernel.send("execute_program", _ask("Predict", "and now?"), request_id="litellm")
+        lm_server.wait_for_request(4)
+        kernel.result("cancel", {"request_id": "litellm"}, control=True)
+        assert kernel.reply(call)["status"] == "aborted"
+        lm_server.wait_for_disconnect(4)
+    assert KEY not in log.read_text(errors="replace")
+
+
+def test_an_lm_that_a_cell_builds_is_held_to_the_policy(
+    lm_server: LMServer, make_lm_server: Callable[[], LMServer]
+) -> None:
+    other = make_lm_server()
+    policy = LMPolicy(
+        unrestricted=False, allowed_models=["openai/canary-*"], allowed_hosts=[f"127.0.0.1:{lm_server.port}"]
+    )
+    with LiveKernel(env={"DSPEX_LM_POLICY": policy.to_json(), "OPENAI_API_KEY": KEY}) as kernel:
+        allowed = {"model": "openai/canary-model", "api_base": lm_server.api_base, "api_key": "sk-own-0123456789"}
+        for change in ({"api_base": other.api_base}, {"model": "openai/gpt-5"}, {"api_key": None}):
+            settings = ", ".join(f"{name}={value!r}" for name, value in {**allowed, **change}.items())
+            cell = kernel.reply(kernel.execute(f"dspy.LM({settings})('why?')"))
+            assert cell["ename"] == "CallStopped"
+            assert "LMPolicy" in cell["evalue"]
+        kernel.run(f"dspy.LM({', '.join(f'{name}={value!r}' for name, value in allowed.items())})('why?')")
+    assert (len(lm_server.requests), other.requests) == (1, [])

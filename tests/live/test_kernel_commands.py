@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -185,3 +189,40 @@ def test_programs_are_there_again_after_a_restart_whoever_made_them() -> None:
             kernel.result("execute_program", {"id": "by_client", "inputs": {"question": f"{_}"}})
         error = kernel.error("execute_program", {"id": "by_client", "inputs": {"question": "one more"}})
         assert error["code"] == "budget_exceeded"
+
+
+def test_a_stdout_of_the_notebooks_own_does_not_keep_a_command_busy() -> None:
+    with LiveKernel() as kernel:
+        kernel.run("import sys\nclass Full:\n    def flush(self): raise OSError('full')")
+        cell = kernel.execute("kept = sys.stdout; sys.stdout = Full(); print('on', file=kept, flush=True)")
+        wait_for(lambda: kernel.output(cell), what="the cell's output")
+        call = kernel.send("list_programs")
+        assert kernel.reply(call)["status"] == "ok"
+        kernel.wait_for_state(call, "idle")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("DSPEX_LM_POLICY", "{bad", "DSPEX_LM_POLICY"),
+        ("DSPEX_SESSION_ID", "../x", "DSPEX_SESSION_ID='../x'"),
+        ("DSPEX_GENERATION", "first", "DSPEX_GENERATION='first'"),
+        ("DSPEX_SESSION_DIR", "/proc/nowhere", "/proc/nowhere"),
+    ],
+)
+def test_a_kernel_that_cannot_start_says_why_in_one_line_and_leaves_nothing(
+    tmp_path: Path, variable: str, value: str, reason: str
+) -> None:
+    connection = tmp_path / "kernel.json"
+    ended = subprocess.run(
+        [sys.executable, "-m", "dspex_kernels.kernel", "-f", connection],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert reason in ended.stderr.splitlines()[-1]
+    assert not connection.exists()

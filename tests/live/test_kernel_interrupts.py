@@ -19,7 +19,14 @@ def _slow_lm(kernel: LiveKernel, seconds: float) -> None:
     kernel.result("configure", {"lm": {"model": "offline/slow", "cache": False, "offline": offline}})
 
 
-@pytest.mark.parametrize("code", ["import time; time.sleep(30)", "import asyncio; await asyncio.sleep(30)"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import time; time.sleep(30)",
+        "import asyncio; await asyncio.sleep(30)",
+        "import asyncio, time; await asyncio.sleep(0); time.sleep(30)",
+    ],
+)
 def test_an_interrupt_ends_a_cell_that_sleeps_or_awaits(kernel: LiveKernel, code: str) -> None:
     cell = kernel.execute(f"print('on'); {code}")
     wait_for(lambda: kernel.output(cell), what="the cell's first output")
@@ -83,3 +90,20 @@ def test_a_sigint_handler_of_a_cell_does_not_outlive_it(kernel: LiveKernel) -> N
     wait_for(lambda: kernel.output(cell), what="the cell's first output")
     kernel.interrupt()
     assert kernel.reply(cell)["ename"] == "KeyboardInterrupt"
+
+
+def test_an_interrupt_ends_a_completion_that_runs_the_notebooks_code_and_no_command(offline: LiveKernel) -> None:
+    _slow_lm(offline, 2.0)
+    offline.result("create_program", {"id": "qa", "signature": "question -> answer"})
+    offline.run(
+        "import time\nclass Slow:\n"
+        "    def __dir__(self):\n        print('on'); time.sleep(30); return []\nslow = Slow()"
+    )
+    call = offline.send("execute_program", {"id": "qa", "inputs": {"question": "?"}})
+    offline.wait_for_state(call, "busy")
+    completion = offline.client.complete("slow.")
+    wait_for(lambda: offline.output(completion), what="the completion's output")
+    sent = offline.interrupt()
+    offline.wait_for_state(completion, "idle")
+    assert time.monotonic() - sent < PROMPT + GRACE
+    assert offline.reply(call)["status"] == "ok"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dspex_kernels.kernel.notebook.display import JSON_TYPE
 from tests.live.kernels import LiveKernel
 
 
@@ -32,9 +33,9 @@ def test_a_prediction_is_shown_as_table_and_json(offline: LiveKernel) -> None:
     offline.result("create_program", {"program_id": "qa", "signature": "question -> answer"})
     reply, (output,) = shown(offline, "%dspex run qa question='<script>alert(1)</script>'")
     assert reply["status"] == "ok"
-    assert output["data"].keys() == {"text/plain", "text/html", "application/json"}
+    assert output["data"].keys() == {"text/plain", "text/html", JSON_TYPE}
     assert "<script" not in output["data"]["text/html"]
-    assert "<script" in output["data"]["application/json"]["answer"]
+    assert "<script" in output["data"][JSON_TYPE]["answer"]
 
 
 def test_an_error_is_one_line_and_fails_the_cell(offline: LiveKernel) -> None:

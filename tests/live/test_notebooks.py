@@ -8,8 +8,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from dspex_kernels.kernel.notebook.display import JSON_TYPE
+
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-RICH = {"text/plain", "text/html", "application/json"}
+RICH = {"text/plain", "text/html", JSON_TYPE}
 
 
 def test_there_are_three_notebooks():
@@ -41,5 +43,5 @@ def test_a_notebook_runs_and_shows_its_predictions_as_tables(path, tmp_path):
     assert predictions
     for data in predictions:
         assert data.keys() >= RICH
-        assert data["application/json"]
-        assert all(name in data["text/html"] for name in data["application/json"])
+        assert data[JSON_TYPE]
+        assert all(name in data["text/html"] for name in data[JSON_TYPE])

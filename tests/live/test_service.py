@@ -16,7 +16,7 @@ import psutil
 import pytest
 from jupyter_client.asynchronous import AsyncKernelClient
 
-from dspex_kernels import SessionService, errors
+from dspex_kernels import SessionService, connect_kernel, errors
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.waiting import wait_until
 
@@ -202,6 +202,60 @@ def test_stopping_during_a_call_and_a_start_leaves_no_process(make):
         with pytest.raises(errors.DSPexError):
             await starting
         assert _kernels() == []
+
+    run(work())
+
+
+def test_a_second_service_leaves_a_living_kernels_connection_file_and_log(make):
+    async def work() -> None:
+        async with make() as first:
+            session = await first.create_session(session_id="s")
+            async with make() as second:
+                path = await first.get_connection_file("s")
+                with pytest.raises(errors.SessionNotReady, match="in use by another service"):
+                    await second.get_session("s").list_programs()
+                assert path is not None
+                async with connect_kernel(path) as direct:
+                    await direct.create_program("qa", "question -> answer")
+                assert not list(Path(first.data_dir).rglob("kernel.log.1"))
+            assert len(await session.list_programs()) == 1
+
+    run(work())
+
+
+def test_a_stopped_kernel_costs_its_caller_the_deadline_and_others_nothing(make):
+    async def work() -> None:
+        async with make() as service:
+            hung, other = [await service.create_session(lm="offline/echo") for _ in range(2)]
+            await other.create_program("qa", "question -> answer")
+            os.kill((await service.get_session_info(hung.session_id)).kernel_pid, signal.SIGSTOP)
+            call = asyncio.create_task(hung.list_programs(timeout=0.2))
+            async with asyncio.timeout(2):
+                assert (await other.execute_program("qa", {"question": "?"})).answer
+            async with asyncio.timeout(5):
+                with pytest.raises(errors.CommandTimeout, match=r"gave no answer in 0\.2 s"):
+                    await call
+        assert _kernels() == []
+
+    run(work())
+
+
+def test_an_interrupt_ends_the_commands_of_its_session_only(make):
+    async def work() -> None:
+        async with make() as service:
+            sessions = [await service.create_session(lm=SLOW) for _ in range(2)]
+            calls = []
+            for session in sessions:
+                await session.create_program("qa", "question -> answer")
+                calls.append(asyncio.create_task(session.execute_program("qa", {"question": "?"}, timeout=60)))
+                await _is_running(session)
+            await sessions[0].interrupt()
+            with pytest.raises(errors.CommandInterrupted):
+                await calls[0]
+            assert (await sessions[1].ping())["running"] == 1
+            assert (await sessions[0].ping())["running"] == 0
+            calls[1].cancel()
+            await asyncio.wait({calls[1]})
 
     run(work())
 

@@ -6,6 +6,7 @@ import re
 import traceback
 from typing import Any
 
+import orjson
 import pytest
 from pydantic import ValidationError
 
@@ -56,7 +57,6 @@ def test_what_is_no_object_is_refused(content: object) -> None:
         ({"command": "ping", "request_id": "r" * 129}, "request_id"),
         ({"command": "ping", "timeout_s": 0}, "timeout_s"),
         ({"command": "ping", "timeout_s": 86_401}, "timeout_s"),
-        ({"command": "ping", "timeout_s": float("nan")}, "timeout_s"),
         ({"command": "ping", "stream": "perhaps"}, "stream"),
     ],
 )
@@ -183,3 +183,17 @@ def test_a_session_id_is_safe_as_a_directory_name(session_id: str, fits: bool) -
     else:
         with pytest.raises(errors.InvalidMessage, match="session_id: "):
             messages.parse_request({"command": "ping", "session_id": session_id})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_json_does_not_have_is_refused_wherever_it_stands(number: float) -> None:
+    for content in ({"command": "ping", "timeout_s": number}, {"command": "ping", "args": {"a": [{"b": number}]}}):
+        with pytest.raises(errors.InvalidMessage, match="not JSON, which has no"):
+            messages.parse_request(content)
+
+
+def test_a_refusal_quotes_nothing_that_a_reply_cannot_hold() -> None:
+    for content in ({"command": "ping", "protocol_version": "\ud800"}, {"command": "\udfff"}):
+        with pytest.raises(errors.InvalidMessage) as caught:
+            messages.parse_request(content)
+        orjson.dumps(caught.value.to_dict())

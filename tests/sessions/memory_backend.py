@@ -23,7 +23,8 @@ from dspex_kernels.protocol.records import (
     SessionSettings,
     SettingsChanged,
 )
-from dspex_kernels.sessions.backend import Call, Place, SessionBackend
+from dspex_kernels.sessions.backend import Place, SessionBackend
+from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.model import SessionRecord
 
 

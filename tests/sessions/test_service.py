@@ -12,6 +12,7 @@ import pytest
 
 from dspex_kernels import SessionService, errors
 from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions.backend import SessionBackend
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.sessions.memory_backend import MemoryBackend
 from tests.waiting import wait_until
@@ -23,10 +24,9 @@ KEY = "sk-test-4711-canary"
 class Service(SessionService):
     """The service on a backend in memory."""
 
-    def _make_backends(self) -> None:
+    def _make_backends(self) -> list[SessionBackend]:
         self.memory = MemoryBackend(parent=self)
-        self.memory.lost = self._lost
-        self._backends = {"dedicated": self.memory}
+        return [self.memory]
 
 
 @pytest.fixture
@@ -45,6 +45,18 @@ def run(work: Coroutine[Any, Any, None]) -> None:
             await work
 
     asyncio.run(bounded())
+
+
+class TestStart:
+    def test_a_directory_that_cannot_be_made_is_named_with_its_setting(self, tmp_path):
+        (tmp_path / "file").write_text("")
+
+        async def work() -> None:
+            service = Service(data_dir=str(tmp_path / "file"), store_url="sqlite://")
+            with pytest.raises(errors.StoreError, match=r"SessionService\.data_dir"):
+                await service.start()
+
+        run(work())
 
 
 class TestIdsAndLimits:
@@ -257,6 +269,135 @@ class TestOpening:
                 assert not (tmp_path / "sessions" / "s").exists()
                 service.memory.gate.set()
                 await service.create_session(session_id="s")
+
+        run(work())
+
+    @pytest.mark.parametrize("turns", range(12))
+    def test_a_creation_cancelled_at_any_of_its_steps_ends_as_cancelled_and_leaves_nothing(
+        self, make, tmp_path, turns
+    ):
+        async def work() -> None:
+            async with make() as service:
+                creating = asyncio.create_task(service.create_session(session_id="s", lm=SLOW))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                creating.cancel()
+                outcome = (await asyncio.gather(creating, return_exceptions=True))[0]
+                assert isinstance(outcome, asyncio.CancelledError), outcome
+                assert await service.list_sessions() == []
+                assert not (tmp_path / "sessions" / "s").exists()
+                await service.create_session(session_id="s")
+
+        run(work())
+
+    def test_a_stop_while_a_sessions_record_is_written_opens_no_place_any_more(self, make):
+        async def work() -> None:
+            service = await make().start()
+            creating = asyncio.create_task(service.create_session(session_id="s"))
+            await wait_until(lambda: service._registry.find("s"), what="the session")
+            await service.stop()
+            with pytest.raises(errors.ServiceClosed):
+                await creating
+            assert service.memory.opened == []
+
+        run(work())
+
+    def test_a_session_destroyed_while_its_record_is_written_is_not_found(self, make):
+        async def work() -> None:
+            async with make() as service:
+                creating = asyncio.create_task(service.create_session(session_id="s"))
+                await asyncio.sleep(0)
+                await service.destroy_session("s")
+                with pytest.raises(errors.SessionNotFound):
+                    await creating
+                async with SQLStore(service.store_url) as store:
+                    assert await store.count() == 0
+
+        run(work())
+
+    def test_a_call_to_a_session_whose_record_is_being_written_waits_for_it(self, make):
+        async def work() -> None:
+            async with make() as service:
+                creating = asyncio.create_task(service.create_session(session_id="s"))
+                await asyncio.sleep(0)
+                assert (await service.call("s", "list_programs"))["count"] == 0
+                assert (await creating).session_id == "s"
+                assert len(service.memory.opened) == 1
+
+        run(work())
+
+    def test_starting_a_service_that_runs_changes_nothing(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session()
+                assert await service.start() is service
+                assert await session.list_programs() == []
+                assert (await service.get_session_info(session.session_id)).generation == 1
+
+        run(work())
+
+
+class TestTwoServicesOnOneStore:
+    def test_a_creation_refused_for_its_id_leaves_the_others_session_as_it_is(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as first, make() as second:
+                theirs = await first.create_session(session_id="s")
+                await theirs.create_program("qa", "question -> answer")
+                with pytest.raises(errors.SessionExists, match="'s' is in use by another service"):
+                    await second.create_session(session_id="s")
+                assert await second.list_sessions() == []
+                await theirs.create_program("more", "question -> answer")
+                async with SQLStore(first.store_url) as store:
+                    assert set((await store.get("s")).contents.programs) == {"qa", "more"}
+            async with make() as third:
+                programs = await third.get_session("s").list_programs()
+                assert [p["program_id"] for p in programs] == ["qa", "more"]
+
+        run(work())
+
+    def test_a_session_in_use_is_neither_opened_nor_destroyed_by_the_other(self, make):
+        async def work() -> None:
+            async with make() as first:
+                theirs = await first.create_session(session_id="s")
+                async with make() as second:
+                    for attempt in (second.call("s", "list_programs"), second.destroy_session("s")):
+                        with pytest.raises(errors.SessionNotReady, match="in use by another service"):
+                            await attempt
+                    assert second.memory.opened == []
+                    await theirs.create_program("qa", "question -> answer")
+                    await first.stop()
+                    programs = await second.get_session("s").list_programs()
+                    assert [p["program_id"] for p in programs] == ["qa"]
+                    info = await second.get_session_info("s")
+                    assert (info.generation, info.programs) == (2, ["qa"])
+
+        run(work())
+
+    def test_a_session_that_the_other_destroyed_is_not_found_any_more(self, make):
+        async def work() -> None:
+            async with make() as first:
+                theirs = await first.create_session(session_id="s")
+                async with make() as second:
+                    await theirs.destroy()
+                    with pytest.raises(errors.SessionNotFound):
+                        await second.call("s", "list_programs")
+                    assert await second.list_sessions() == []
+                    await second.create_session(session_id="s")
+
+        run(work())
+
+    def test_a_new_session_does_not_inherit_the_directory_of_another_stores_session(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as first:
+                theirs = await first.create_session(owner="alice", session_id="s")
+                await theirs.create_program("qa", "question -> answer")
+            other = f"sqlite:///{tmp_path / 'other.sqlite'}"
+            service = Service(data_dir=str(tmp_path), store_url=other)
+            async with service:
+                with pytest.raises(errors.SessionExists, match=r"another SessionService\.data_dir"):
+                    await service.create_session(owner="bob", session_id="s")
+            async with make() as first:
+                assert len(await first.get_session("s").list_programs()) == 1
 
         run(work())
 

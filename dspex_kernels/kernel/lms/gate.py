@@ -6,11 +6,14 @@ sees each attempt of every LM, whoever made it: the session's own, the copies th
 that a pipeline or a notebook cell builds for itself. A subclass of ``dspy.LM`` or an engine object of ours would
 miss the last kind.
 
-Before each attempt the gate checks the call's cancel and deadline and reserves its budget; after it, it counts
-tokens and cost from the response. It retries by itself, so LMs of sessions are built with ``num_retries=0``:
-DSPy's own loop sleeps uncapped, in threads that nobody can stop. Synchronous calls (in a cell, in modules without
-an async path) send on the command loop too and wait: only an asyncio request can be cancelled so that its
-socket closes.
+The gate checks the policy for each LM, and before each attempt the call's cancel and deadline, and reserves its
+budget; after it, it counts tokens and cost from the response. It retries by itself, so LMs of sessions are built
+with ``num_retries=0``: DSPy's own loop sleeps uncapped, in threads that nobody can stop.
+
+Synchronous calls (in a cell, in modules without an async path) are sent on a loop of the gate's own and waited
+for: only an asyncio request can be cancelled so that its socket closes. No program runs on that loop. On the
+command loop such a request could wait for itself: an async module may block the loop until threads that it started
+(``dspy.Parallel``) have their answers.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ import concurrent.futures
 import hashlib
 import json
 import logging
+import os
 import random
 import secrets
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,15 +39,17 @@ from dspy.clients import execution
 from dspy.clients._litellm import get_litellm
 from dspy.clients.call_result import usage_dict
 from dspy.clients.costs import estimate_cost
+from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
 from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine
 from dspy.clients.errors import wrap_error
-from dspy.clients.model_metadata import model_info, rate
+from dspy.clients.model_metadata import apreload, model_info, rate
 
 from dspex_kernels import errors
+from dspex_kernels.config import ENV_LM_POLICY, LMPolicy
 from dspex_kernels.errors import CallStopped
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.ledger import Estimate
-from dspex_kernels.kernel.secrecy import scrub_exception
+from dspex_kernels.kernel.secrecy import environment_keys, scrub_exception
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +57,9 @@ MAX_RETRY_AFTER = 30.0
 """Longest wait that a provider's ``retry-after`` is honoured with, in seconds."""
 MAX_BACKOFF = 8.0
 """Longest wait between attempts without such a hint, in seconds."""
+
+MAX_SENDING = 32
+"""Threads in which DSPy prepares the requests of synchronous callers."""
 
 # Fingerprints of keys in cache keys: of no use outside this process.
 _SALT = secrets.token_bytes(16)
@@ -60,20 +71,42 @@ def current_call() -> Call | None:
     return call
 
 
+class _Sender(threading.Thread):
+    """The thread whose loop sends what synchronous callers wait for."""
+
+    # debugpy suspends every thread that is not marked: a breakpoint in a cell would stop the requests.
+    pydev_do_not_trace = True
+    is_pydev_daemon_thread = True
+
+    def __init__(self) -> None:
+        super().__init__(name="dspex-lm-requests", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        # DSPy hops through the default executor in each request.
+        self.loop.set_default_executor(ThreadPoolExecutor(MAX_SENDING, thread_name_prefix="dspex-lm-request"))
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+
 def install(loop: asyncio.AbstractEventLoop) -> None:
     """Put the gate into DSPy. Called once, at the kernel's start.
 
     Args:
-        loop: The command loop, on which synchronous calls send too.
+        loop: The command loop: a synchronous request made on it holds up every command, which is logged.
 
     Raises:
         DependencyMissing: This DSPy has no such seams.
     """
-    if not (hasattr(execution, "_engine") and hasattr(execution.PreparedCall, "key")):
+    seams = [(execution, "_engine"), (execution.PreparedCall, "key"), (dspy.LM, "_reap_closed_loops")]
+    if not all(hasattr(owner, name) for owner, name in seams):
         raise errors.DependencyMissing(
             f"dspy {dspy.__version__} has no place for the LM gate: install dspy >=3.4.1,<3.5"
         )
     select, key = execution._engine, execution.PreparedCall.key
+    policy = LMPolicy.from_json(os.environ.get(ENV_LM_POLICY) or "{}")
+    sender = _Sender()
+    sender.start()
 
     def gated_engine(lm: Any, prepared: Any, asynchronous: bool) -> tuple[Any, Any, Any]:
         call = current_call()
@@ -85,37 +118,60 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
                 )
             )
         call.check()
+        _check_policy(policy, lm, prepared)
         if asynchronous:
-            backend, request, provider = select(lm, prepared, True)
-            return _AsyncGate(backend, _Passage(call, lm, provider)), request, provider
-        if _runs_on(loop) or not _has_async_twin(lm, prepared):
-            backend, request, provider = select(lm, prepared, False)
-            return _DirectGate(backend, _Passage(call, lm, provider)), request, provider
-        backend, request, provider = _on_loop(loop, call, _select_there(select, lm, prepared))
-        gate = _AsyncGate(backend, _Passage(call, lm, provider))
-        return _BridgedGate(gate, loop, call), request, provider
+            route = _Route(lm, lambda: select(lm, prepared, True))
+            return _AsyncGate(route, _Passage(call, lm, route.provider)), route.request, route.provider
+        if _runs_on(sender.loop) or not _has_async_twin(lm, prepared):
+            route = _Route(lm, lambda: select(lm, prepared, False))
+            return _DirectGate(route, _Passage(call, lm, route.provider)), route.request, route.provider
+        if _runs_on(loop):
+            log.warning(
+                "session %s: an async module calls %s synchronously, and every command waits for it: use acall",
+                *(call.namespace.session_id, lm.model),
+            )
+        route = _on_loop(sender.loop, call, _route_there(lm, lambda: select(lm, prepared, True)))
+        gate = _AsyncGate(route, _Passage(call, lm, route.provider))
+        return _BridgedGate(gate, sender.loop, call), route.request, route.provider
 
     def salted_key(self: Any, lm: Any, asynchronous: bool) -> dict[str, Any]:
         plain: dict[str, Any] = key(self, lm, asynchronous)
-        return {**plain, "dspex": cache_salt(lm)}
+        return {**plain, "dspex": cache_salt(lm, self.legacy)}
 
     execution._engine = gated_engine
     execution.PreparedCall.key = salted_key
 
 
-def cache_salt(lm: Any) -> str:
+def cache_salt(lm: Any, given: Mapping[str, Any]) -> str:
     """What an answer's cache key must say besides the prompt: whose, and from which endpoint with which key.
 
     DSPy's key holds neither, so one tenant was given another's answer (dspy pull 10006).
+
+    Args:
+        lm: The language model that is asked.
+        given: What this one call sets, over the model's own settings.
     """
     call = current_call()
     owner = call.namespace.session_id if call is not None else ""
-    parts = [owner, *(str(lm.kwargs.get(name) or "") for name in ("api_base", "base_url", "api_key"))]
+    used = {**lm.kwargs, **given}
+    endpoint = [str(used.get(name) or "") for name in ("api_base", "base_url", "api_key")]
+    parts = [owner, *endpoint, getattr(lm, "script", "")]
     return hashlib.blake2b(json.dumps(parts).encode(), key=_SALT, digest_size=16).hexdigest()
 
 
+def _check_policy(policy: LMPolicy, lm: Any, prepared: Any) -> None:
+    """Refuse what an LM profile could not have named either: a cell or a pipeline may have built the LM itself."""
+    if not prepared.managed or not isinstance(lm._engine_spec, str):
+        return  # it has no endpoint that we could know
+    used = {**lm.kwargs, **prepared.legacy}
+    api_base = used.get("api_base") or used.get("base_url")
+    try:
+        policy.check(model=lm.model, api_base=api_base, api_key_env=None, has_key=bool(used.get("api_key")))
+    except errors.DSPexError as refusal:
+        raise CallStopped(refusal) from None
+
+
 def _runs_on(loop: asyncio.AbstractEventLoop) -> bool:
-    # A module whose async path calls a synchronous predictor: bridging would wait for itself.
     try:
         return asyncio.get_running_loop() is loop
     except RuntimeError:
@@ -128,23 +184,91 @@ def _has_async_twin(lm: Any, prepared: Any) -> bool:
     return isinstance(lm._engine_spec, str) or lm._async_engine_spec is not None
 
 
-async def _select_there(select: Callable[..., tuple[Any, Any, Any]], lm: Any, prepared: Any) -> Any:
-    return select(lm, prepared, True)
+async def _route_there(lm: Any, select: Callable[[], tuple[Any, Any, Any]]) -> _Route:
+    return _Route(lm, select)
 
 
-def _on_loop(loop: asyncio.AbstractEventLoop, call: Call, work: Any) -> Any:
-    """Run ``work`` on the command loop for a synchronous caller in another thread, and wait for it."""
+def _on_loop(loop: asyncio.AbstractEventLoop, call: Call, work: Coroutine[Any, Any, Any]) -> Any:
+    """Run ``work`` on another loop for a synchronous caller, and wait for it, at most to the call's deadline."""
     # The context (DSPy's settings) goes along: call_soon_threadsafe copies the caller's.
     future = asyncio.run_coroutine_threadsafe(work, loop)
     try:
-        return future.result()
+        # The call's own timer does not run where the caller blocks the command loop.
+        return future.result(None if call.deadline is None else max(0.0, call.deadline - time.monotonic()))
     except concurrent.futures.CancelledError:
         call.check()
         raise CallStopped(errors.CommandCancelled("the request to the provider was cancelled")) from None
     except BaseException:
-        # Ctrl-C in a cell's wait: the request must not go on without its caller.
-        future.cancel()
+        # The deadline, or Ctrl-C in a cell's wait: the request must not go on without its caller.
+        if future.cancel():
+            call.check()
         raise
+
+
+class _Route:
+    """The backend that DSPy selects for a call, selected again where its connections were closed meanwhile."""
+
+    def __init__(self, lm: Any, select: Callable[[], tuple[Any, Any, Any]]) -> None:
+        self._select = select
+        # Copies of a session's LM share them; LMs that a cell or a pipeline made have none.
+        self._connections: Connections | None = getattr(lm, "connections", None)
+        self._closed = self._connections.closed if self._connections is not None else 0
+        self._backend, self.request, self.provider = select()
+
+    @contextmanager
+    def backend(self) -> Iterator[Any]:
+        """The backend, whose connections stay open meanwhile."""
+        if self._connections is None:
+            yield self._backend
+            return
+        with self._connections.in_use() as closed:
+            if closed != self._closed:
+                self._backend, _, _ = self._select()
+                self._closed = closed
+            yield self._backend
+
+
+class Connections:
+    """How many requests use an LM's connections. Thread-safe.
+
+    A call goes on with the LM that it began with, though the session has been given another: connections of an LM
+    that was replaced close when the last request on them ends, and again after each later one.
+
+    Args:
+        close: Closes them; called under no lock.
+    """
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self.closed = 0
+        self._close = close
+        self._lock = threading.Lock()
+        self._requests = 0
+        self._retired = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[int]:
+        """Keep them open; yields how often they were closed before."""
+        with self._lock:
+            self._requests += 1
+            closed = self.closed
+        try:
+            yield closed
+        finally:
+            with self._lock:
+                self._requests -= 1
+            self._close_when_idle()
+
+    def retire(self) -> None:
+        """Close them now, or when the last request ends."""
+        self._retired = True
+        self._close_when_idle()
+
+    def _close_when_idle(self) -> None:
+        with self._lock:
+            if not self._retired or self._requests:
+                return
+            self.closed += 1
+        self._close()
 
 
 class _Passage:
@@ -159,6 +283,7 @@ class _Passage:
 
     async def send(self, request: Any, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Attempt until it succeeds, may not be repeated, or the call is stopped."""
+        await apreload()
         number = 0
         while True:
             try:
@@ -182,28 +307,38 @@ class _Passage:
             raise
 
     async def _attempt(self, request: Any, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        estimates = self.admit(request)
-        task = asyncio.ensure_future(attempt())
-        try:
-            with self.call.requesting(task):
-                response = await task
-        except BaseException as failure:
-            self.failed(failure)
-            if isinstance(failure, asyncio.CancelledError):
+        with self.admitted(request) as answered:
+            task = asyncio.ensure_future(attempt())
+            try:
+                with self.call.requesting(task):
+                    response = await task
+            except asyncio.CancelledError:
                 await _end(task)
                 self.call.check()
-            raise
-        finally:
-            self.settle(estimates)
-        self.answered(request, response)
+                raise
+            answered(response)
         return response
 
-    def admit(self, request: Any) -> Estimate:
-        """Check cancel, deadline and budget, and reserve what the request may use.
+    @contextmanager
+    def admitted(self, request: Any) -> Iterator[Callable[[Any], None]]:
+        """One attempt: admitted before it, counted after it, however it ends. Yields what takes its response.
 
         Raises:
             CallStopped: The call was stopped or its deadline passed, or a budget is used up.
         """
+        estimate = self._admit(request)
+        bills: list[tuple[dict[str, Any], float | None]] = []
+        try:
+            yield lambda response: bills.append(self._bill(request, response))
+        except BaseException as failure:
+            self._note(failure)
+            raise
+        finally:
+            usage, cost = bills[0] if bills else ({}, None)
+            for ledger in (self.call.namespace.ledger, self.call.ledger):
+                ledger.settle(estimate, self.lm.model, usage, cost, failed=not bills)
+
+    def _admit(self, request: Any) -> Estimate:
         self.call.check()
         estimate = self._estimate(request)
         session = self.call.namespace.ledger
@@ -220,22 +355,12 @@ class _Passage:
             raise CallStopped(refusal) from None
         return estimate
 
-    def settle(self, estimate: Estimate) -> None:
-        for ledger in (self.call.namespace.ledger, self.call.ledger):
-            ledger.release(estimate)
-
-    def failed(self, failure: BaseException) -> None:
+    def _note(self, failure: BaseException) -> None:
         if isinstance(failure, Exception):
             # Here and not where replies leave: modules print failures, and feed them to the model.
-            scrub_exception(failure, {*self.call.namespace.secrets, self.lm.kwargs.get("api_key") or ""})
+            own = {str(self.lm.kwargs.get("api_key") or "")}
+            scrub_exception(failure, self.call.namespace.secrets | own | environment_keys())
             self.call.last_provider_error = failure
-        for ledger in (self.call.namespace.ledger, self.call.ledger):
-            ledger.record(self.lm.model, {}, None, failed=True)
-
-    def answered(self, request: Any, response: Any) -> None:
-        usage, cost = self._bill(request, response)
-        for ledger in (self.call.namespace.ledger, self.call.ledger):
-            ledger.record(self.lm.model, usage, cost)
 
     def _bill(self, request: Any, response: Any) -> tuple[dict[str, Any], float | None]:
         if hasattr(response, "outputs"):  # a CallResult, from LiteLLM or an LM of the old kind
@@ -247,22 +372,21 @@ class _Passage:
         return usage, cost
 
     def _estimate(self, request: Any) -> Estimate:
-        text = _length(request)
-        limit = self.lm.kwargs.get("max_tokens") or self.lm.kwargs.get("max_completion_tokens") or 0
-        tokens = text // 4 + int(limit)
+        prompt = _length(request) // 4
+        answer = _answer_limit(request)
         if getattr(self.lm, "is_free", False):
-            return Estimate(tokens, 0.0)
+            return Estimate(prompt + answer, 0.0)
         info = model_info(self.provider, self.lm.model.split("/", 1)[-1]) if self.provider else None
-        prompt, completion = (rate(info or {}, f"{side}_cost_per_token") for side in ("input", "output"))
-        usd = None if prompt is None else text // 4 * prompt + int(limit) * (completion or 0.0)
-        return Estimate(tokens, usd)
+        per_prompt, per_answer = (rate(info or {}, f"{side}_cost_per_token") for side in ("input", "output"))
+        usd = None if per_prompt is None else prompt * per_prompt + answer * (per_answer or 0.0)
+        return Estimate(prompt + answer, usd)
 
     def _delay(self, failure: Exception, number: int) -> float | None:
         """Seconds until the next attempt; None when there is to be none."""
         known = wrap_error(failure, model=self.lm.model, provider=self.provider)
         if number >= self.retries or not dspy.is_retryable_lm_error(known):
             return None
-        hint = getattr(failure, "retry_after", None)
+        hint = getattr(known, "retry_after", None)
         if isinstance(hint, (int, float)) and hint >= 0:
             delay = min(float(hint), MAX_RETRY_AFTER)
         else:
@@ -277,40 +401,42 @@ class _Passage:
 class _AsyncGate:
     """A backend behind the gate, for DSPy's async path."""
 
-    def __init__(self, backend: Any, passage: _Passage) -> None:
-        self._backend = backend
+    def __init__(self, route: _Route, passage: _Passage) -> None:
+        self._route = route
         self._passage = passage
 
     async def complete(self, request: Any) -> Any:
-        return await self._passage.send(request, lambda: self._backend.complete(request))
+        with self._route.backend() as backend:
+            return await self._passage.send(request, lambda: backend.complete(request))
 
     async def complete_legacy(self, lm: Any, legacy: dict[str, Any], **context: Any) -> Any:
-        if isinstance(self._backend, AsyncLiteLLMEngine):
-            # Its first use imports litellm: seconds that must not be spent on the loop.
-            await asyncio.to_thread(get_litellm, feature="the LM gate")
-        return await self._passage.send(legacy, lambda: self._backend.complete_legacy(lm, dict(legacy), **context))
+        with self._route.backend() as backend:
+            if isinstance(backend, AsyncLiteLLMEngine):
+                # Its first use imports litellm: seconds that must not be spent on the loop.
+                await asyncio.to_thread(get_litellm, feature="the LM gate")
+            return await self._passage.send(legacy, lambda: backend.complete_legacy(lm, dict(legacy), **context))
 
     async def stream(self, request: Any) -> AsyncIterator[Any]:
         # Not repeated: what was shown to a reader cannot be taken back.
-        estimate = self._passage.admit(request)
+        await apreload()
         reading = asyncio.current_task()
         assert reading is not None
         answer = StreamAccumulator(request)
-        try:
-            with self._passage.call.requesting(reading):
-                async for event in self._backend.stream(request):
+        with (
+            self._route.backend() as backend,
+            self._passage.admitted(request) as answered,
+            self._passage.call.requesting(reading),
+        ):
+            async with aclosing_stream(backend.stream(request)) as events:
+                async for event in events:
                     answer.push(event)
+                    if event.type == "end":
+                        answered(answer.response())
                     yield event
-        except BaseException as failure:
-            self._passage.failed(failure)
-            raise
-        finally:
-            self._passage.settle(estimate)
-        self._passage.answered(request, answer.response())
 
 
 class _BridgedGate:
-    """The gate for a synchronous caller in another thread: the request is sent on the command loop."""
+    """The gate for a synchronous caller: the request is sent on the sender's loop."""
 
     def __init__(self, gate: _AsyncGate, loop: asyncio.AbstractEventLoop, call: Call) -> None:
         self._gate = gate
@@ -327,45 +453,43 @@ class _BridgedGate:
 class _DirectGate:
     """The gate for what can only send synchronously, in the caller's own thread: one attempt, not cancellable."""
 
-    def __init__(self, backend: Any, passage: _Passage) -> None:
-        self._backend = backend
+    def __init__(self, route: _Route, passage: _Passage) -> None:
+        self._route = route
         self._passage = passage
 
     def complete(self, request: Any) -> Any:
-        return self._send(request, lambda: self._backend.complete(request))
+        with self._route.backend() as backend, self._passage.admitted(request) as answered:
+            response = backend.complete(request)
+            answered(response)
+        return response
 
     def complete_legacy(self, lm: Any, legacy: dict[str, Any], **context: Any) -> Any:
-        return self._send(legacy, lambda: self._backend.complete_legacy(lm, dict(legacy), **context))
+        with self._route.backend() as backend, self._passage.admitted(legacy) as answered:
+            response = backend.complete_legacy(lm, dict(legacy), **context)
+            answered(response)
+        return response
 
     def stream(self, request: Any) -> Iterator[Any]:
         answer = StreamAccumulator(request)
-        with self._admitted(request):
-            for event in self._backend.stream(request):
+        with (
+            self._route.backend() as backend,
+            self._passage.admitted(request) as answered,
+            closing_stream(backend.stream(request)) as events,
+        ):
+            for event in events:
+                # Between two events it can be stopped, which closes the socket.
+                self._passage.call.check()
                 answer.push(event)
+                if event.type == "end":
+                    answered(answer.response())
                 yield event
-        self._passage.answered(request, answer.response())
-
-    def _send(self, request: Any, attempt: Callable[[], Any]) -> Any:
-        with self._admitted(request):
-            response = attempt()
-        self._passage.answered(request, response)
-        return response
-
-    @contextmanager
-    def _admitted(self, request: Any) -> Iterator[None]:
-        estimate = self._passage.admit(request)
-        try:
-            yield
-        except BaseException as failure:
-            self._passage.failed(failure)
-            raise
-        finally:
-            self._passage.settle(estimate)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
     """Wait, shortly, until a cancelled request has closed its socket."""
     await asyncio.wait({task}, timeout=1.0)
+    if task.done() and not task.cancelled():
+        task.exception()  # read, or asyncio logs it as never retrieved, with what it may hold
 
 
 def _length(request: Any) -> int:
@@ -374,3 +498,11 @@ def _length(request: Any) -> int:
         return len(str(request.get("messages") or request.get("prompt") or ""))
     texts = (len(part.text) for message in request.messages for part in message.parts if hasattr(part, "text"))
     return sum(texts) + len(str(request.system or ""))
+
+
+def _answer_limit(request: Any) -> int:
+    """Tokens to which a request limits its answers; 0 where it does not."""
+    if not isinstance(request, dict):
+        return int(request.config.max_tokens or 0)
+    limit = request.get("max_tokens") or request.get("max_completion_tokens") or 0
+    return int(limit) * int(request.get("n") or 1)

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 from collections.abc import Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from concurrent.futures import Future
+from typing import Any, Self
 
 import dspy
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
+from dspex_kernels.kernel.lms.gate import Connections
 from dspex_kernels.kernel.offline.engines import offline_engines
 from dspex_kernels.protocol.records import AdapterName, LMProfile, OfflineOptions
 
-RESERVED_PARAMS = frozenset(
+log = logging.getLogger(__name__)
+
+PARAMS = frozenset(
     {
-        "api_base", "api_key", "api_version", "azure_ad_token_provider", "base_url", "cache", "callbacks",
-        "custom_llm_provider", "engine", "async_engine", "extra_body", "extra_headers", "extra_query", "headers",
-        "launch_kwargs", "messages", "model", "model_list", "model_type", "num_retries", "organization", "project",
-        "prompt", "provider", "rollout_id", "stream", "timeout", "train_kwargs",
+        "chat_template_kwargs", "enable_thinking", "frequency_penalty", "logit_bias", "logprobs",
+        "max_completion_tokens", "max_tokens", "min_p", "modalities", "n", "parallel_tool_calls", "prediction",
+        "presence_penalty", "prompt_cache_key", "reasoning", "reasoning_effort", "repetition_penalty",
+        "response_format", "safety_identifier", "seed", "service_tier", "stop", "store", "temperature", "thinking",
+        "top_k", "top_logprobs", "top_p", "use_developer_role", "user", "verbosity",
     }
 )  # fmt: skip
-"""What ``params`` may not hold: they lead to another endpoint, carry secrets, or pass by the gate."""
+"""What ``params`` may hold. What is not known stays out: LiteLLM takes hosts, keys, prices and whole fallback
+models as parameters, and sends to those by itself, past the gate."""
+
+
+CLOSING = 1.0
+"""Seconds that closing an LM waits for its connections."""
 
 
 class SessionLM(dspy.LM):
@@ -46,13 +57,56 @@ class SessionLM(dspy.LM):
         super().__init__(profile.model, **settings)
         self.max_retries = profile.max_retries
         self.is_free = profile.is_offline
+        # In the cache's key: another script gives other answers.
+        self.script = profile.offline.model_dump_json() if profile.offline is not None else ""
+        self.connections: Connections | None = Connections(self._close_pools)
+        self._closing: list[tuple[asyncio.AbstractEventLoop, Future[None]]] = []
 
     def __repr__(self) -> str:
         return f"SessionLM({self.model!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "kwargs": {k: v for k, v in self.kwargs.items() if k != "api_key"}}
+        kwargs = {k: v for k, v in self.kwargs.items() if k != "api_key"}
+        return {**state, "kwargs": kwargs, "connections": None, "_closing": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # By default it would go through the state above, and a copied program would have lost the key.
+        copied: Self = self.copy()
+        return copied
+
+    async def aclose(self) -> None:
+        """Close the connections, once no request uses them: a call goes on with the LM that it began with."""
+        if self.connections is None:
+            await super().aclose()
+            return
+        self.connections.retire()
+        here = asyncio.get_running_loop()
+        # Not for those of other loops: a cell may block the main thread's.
+        mine = [asyncio.wrap_future(closing) for loop, closing in self._closing if loop is here]
+        if mine:
+            await asyncio.wait(mine, timeout=CLOSING)
+
+    def _close_pools(self) -> None:
+        with self._engine_lock:
+            self._reap_closed_loops()
+            engines = [(key[0], engine) for key, engine in self._engine_store.items()]
+            self._engine_store.clear()
+        for _, engine in (pair for pair in engines if pair[0] is None):
+            engine.close()
+        # A cell's `await` has its pool on the main thread's loop, a synchronous call on the gate's.
+        self._closing = [
+            (loop, asyncio.run_coroutine_threadsafe(_close_engine(engine), loop))
+            for loop, engine in engines
+            if loop
+        ]
+
+
+async def _close_engine(engine: Any) -> None:
+    try:
+        await engine.aclose()
+    except Exception:
+        log.warning("connections of %r did not close", engine, exc_info=True)
 
 
 def build_lm(
@@ -72,6 +126,9 @@ def build_lm(
         InvalidLMProfile: DSPy refuses the combination.
     """
     key = profile.api_key.get_secret_value() if profile.api_key is not None else None
+    if key is not None and not key.strip():
+        # DSPy would take it for none given, and read the provider's variable.
+        raise errors.InvalidLMProfile(f"the api_key of {profile.model!r} is empty: give the key, or leave it out")
     policy.check(
         model=profile.model,
         api_base=profile.api_base,
@@ -86,20 +143,17 @@ def build_lm(
         )
     if key is None and profile.api_key_env is not None:
         key = (os.environ if environ is None else environ).get(profile.api_key_env)
-        if not key:
+        if not key or not key.strip():
             raise errors.LMCredentialsRequired(
                 f"variable {profile.api_key_env!r} is not set where the kernel runs: set it there, or give api_key",
                 details={"variable": profile.api_key_env, "model": profile.model},
             )
-    refused = sorted(RESERVED_PARAMS.intersection(profile.params))
+    refused = sorted(name[:64] for name in set(profile.params) - PARAMS)[:20]
     if refused:
         raise errors.InvalidLMProfile(
-            f"params may not hold {', '.join(refused)}: use the profile's own fields", details={"params": refused}
-        )
-    if profile.api_base is not None and urlsplit(profile.api_base).username is not None:
-        raise errors.InvalidLMProfile(
-            f"the api_base of {profile.model!r} holds a user name: it would be stored in clear; give the "
-            "credentials as api_key"
+            f"params may not hold {', '.join(refused)}: use the profile's own fields; params takes "
+            f"{', '.join(sorted(PARAMS))}",
+            details={"params": refused},
         )
     if profile.offline is not None and not profile.is_offline:
         raise errors.InvalidLMProfile(f"offline options need an offline model, not {profile.model!r}")

@@ -17,6 +17,14 @@ from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S
 
 
+class _Waiting:
+    """What a cell waits for: its command, once that is submitted, and whether the cell was interrupted."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.interrupted = False
+
+
 class NotebookAsker:
     """Asks commands of the notebook's own session and waits, as a cell does.
 
@@ -26,7 +34,7 @@ class NotebookAsker:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._waiting: Call | None = None
+        self._waiting: _Waiting | None = None
 
     @property
     def session_id(self) -> str:
@@ -66,8 +74,17 @@ class NotebookAsker:
 
         content = {"command": command, "args": args, "timeout_s": timeout_s, "stream": on_event is not None}
         ask = Ask(content, message_id=uuid4().hex, reply=reply, emit=on_event, context=contextvars.copy_context())
-        self._waiting = self._dispatcher.submit(ask)
+        if threading.current_thread() is not threading.main_thread():
+            # A subshell's cell: signals are the main thread's; Ctrl-C finds its command among the running ones.
+            self._dispatcher.submit(ask)
+            answered.wait()
+            return self._result(answers[0])
+        # Before the command runs: a KeyboardInterrupt inside submit would leave it without anyone who waits.
+        waiting = self._waiting = _Waiting()
         try:
+            waiting.call = self._dispatcher.submit(ask)
+            if waiting.interrupted:
+                self.interrupt()
             answered.wait()
         finally:
             self._waiting = None
@@ -75,9 +92,13 @@ class NotebookAsker:
 
     def interrupt(self) -> bool:
         """Stop the command that a cell waits for; False when none does. From the signal handler."""
-        call = self._waiting
-        if call is None:
+        waiting = self._waiting
+        if waiting is None:
             return False
+        waiting.interrupted = True
+        call = waiting.call
+        if call is None:  # about to be submitted, or answered already
+            return True
         reason = errors.CommandInterrupted(f"{call.command} was interrupted")
         # Not here: the interrupted code may hold the call's lock.
         self._dispatcher.loop.call_soon_threadsafe(call.stop, reason)

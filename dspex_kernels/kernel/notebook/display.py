@@ -8,10 +8,11 @@ like a key) is masked all the same.
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,10 @@ HTML_CELL_CHARS = 600
 TOOLTIP_CHARS = 4000
 TEXT_CELL_CHARS = 60
 """Characters of a value shown in a terminal's cell."""
+
+JSON_TYPE = "application/vnd.dspex+json"
+"""The media type of an output's JSON, for programs that read a notebook: ``application/json`` JupyterLab would show
+in place of the table, as a tree with its fields sorted."""
 
 MASK = "•••"
 _SECRET_NAME = re.compile(r"key|token(?!s)|secret|password|passwd|authori[sz]ation|credential|header|cookie", re.I)
@@ -54,13 +59,10 @@ class Table:
         padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
         return "\n".join([one_line(self.title), *(line.rstrip() for line in padded)]).strip("\n")
 
-    def _repr_html_(self) -> str:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         head = "".join(f'<th style="{_LEFT}">{html.escape(name)}</th>' for name in self.columns)
-        return _html_table(self.title, f"<thead><tr>{head}</tr></thead>" if head else "", self.rows)
-
-    def _repr_json_(self) -> dict[str, Any]:
-        data: dict[str, Any] = jsonable(self.data)
-        return data
+        table = _html_table(self.title, f"<thead><tr>{head}</tr></thead>" if head else "", self.rows)
+        return {"text/html": table, JSON_TYPE: jsonable(self.data)}
 
 
 class Notice:
@@ -73,11 +75,9 @@ class Notice:
     def __repr__(self) -> str:
         return self.text
 
-    def _repr_html_(self) -> str:
-        return f'<pre style="margin:0">{html.escape(self.text)}</pre>'
-
-    def _repr_json_(self) -> dict[str, Any] | None:
-        return None if self.data is None else jsonable(self.data)
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        page = {"text/html": f'<pre style="margin:0">{html.escape(self.text)}</pre>'}
+        return page if self.data is None else {**page, JSON_TYPE: jsonable(self.data)}
 
 
 def _html_table(title: str, head: str, rows: Iterable[Sequence[Any]]) -> str:
@@ -312,7 +312,7 @@ def register(shell: Any) -> None:
     Args:
         shell: The IPython shell.
     """
-    formatters = shell.display_formatter.formatters
+    formatter = shell.display_formatter.mimebundle_formatter
     # A formatter for a class also serves its subclasses, those of the notebook too.
     for module, name, as_html, as_json in (
         ("dspy.primitives.prediction", "Prediction", prediction_html, prediction_json),
@@ -320,5 +320,11 @@ def register(shell: Any) -> None:
         ("dspex_kernels.sessions.session", "Prediction", prediction_html, prediction_json),
         ("dspy.primitives.module", "Module", module_html, module_json),
     ):
-        formatters["text/html"].for_type_by_name(module, name, as_html)
-        formatters["application/json"].for_type_by_name(module, name, as_json)
+        formatter.for_type_by_name(module, name, functools.partial(_bundle, as_html, as_json))
+
+
+def _bundle(
+    as_html: Callable[[Any], str], as_json: Callable[[Any], dict[str, Any]], thing: Any, **_: Any
+) -> dict[str, Any]:
+    """What IPython shows of a thing; the text is IPython's own."""
+    return {"text/html": as_html(thing), JSON_TYPE: as_json(thing)}

@@ -493,6 +493,8 @@ def dispatch(asker: Asker, line: str, cell: str | None, names: Mapping[str, Any]
     """
     try:
         words = split_words(line)
+        if "--help" in words or "-h" in words:
+            words = ["help", *(word for word in words[:1] if word in VERBS)]
         name = words[0] if words else "help"
         options = _parse(name, words[1:])
         if cell is not None and cell.strip() and not VERBS[name].cell:
@@ -558,11 +560,11 @@ def _candidates(asker: Asker, before: list[str], piece: str, names: Mapping[str,
         yield from VERBS
     elif verb == "add" and len(before) == 1:
         yield from (*_modules(names), *_functions(names))
+    elif "=@" in piece:
+        yield from (f"{piece.partition('=@')[0]}=@{name}" for name in names if not name.startswith("_"))
     elif verb == "configure":
         yield from (f"{name}=" for name in SETTINGS)
         yield from (f"adapter={name}" for name in get_args(AdapterName))
-    elif "=@" in piece:
-        yield from (f"{piece.partition('=@')[0]}=@{name}" for name in names if not name.startswith("_"))
     else:
         yield from row.options
 

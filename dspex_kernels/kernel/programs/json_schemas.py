@@ -6,7 +6,9 @@ import datetime
 import keyword
 import re
 import types
+import typing
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ForwardRef, Literal, NoReturn, Union
 
@@ -15,15 +17,19 @@ import pydantic_core
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
 
 from dspex_kernels import errors
+from dspex_kernels.protocol import limits
 
 MAX_SCHEMA_DEPTH = 20
 """Nesting of schemas in a schema, references followed."""
-MAX_SCHEMA_NODES = 2000
-"""Schemas in a schema."""
-MAX_MODELS = 200
-"""Objects in a schema."""
+LIMITS: Mapping[str, int] = {"parts": 2000, "objects": 200, "enum values": 5000, "patterns": 20}
+"""Of all schemas of one signature together, references followed: building them holds up the kernel's other
+commands. Measured: 2000 parts take 0.4 s; a pattern takes up to 20 MB."""
 MAX_VALUES = 1000
 """Values of one ``enum``."""
+MAX_PATTERN = 1000
+"""Characters of one ``pattern``."""
+MAX_WAYS = 10_000
+"""Ways in which one value may be read: pydantic tries every member of a choice, again at every level."""
 
 _ANNOTATIONS = frozenset({
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly",
@@ -63,12 +69,13 @@ class SchemaReader:
     Args:
         schema: The schema; references may only point into it.
         field: The field's name, for errors.
+        used: What other schemas of the signature have used of ``LIMITS``; counted on.
     """
 
-    def __init__(self, schema: dict[str, Any], field: str) -> None:
+    def __init__(self, schema: dict[str, Any], field: str, used: Counter[str] | None = None) -> None:
         self._root = schema
         self._field = field
-        self._nodes = 0
+        self._used = Counter[str]() if used is None else used
         self._models: dict[str, type[pydantic.BaseModel] | None] = {}
         self._names: dict[str, str] = {}
         self._open: list[str] = []
@@ -92,13 +99,16 @@ class SchemaReader:
             pydantic.TypeAdapter(result)
         except (pydantic.errors.PydanticUserError, pydantic_core.SchemaError, TypeError, ValueError) as error:
             self._refuse(f"cannot be turned into a type: {str(error).splitlines()[0]}", error)
+        if _ways(result, models.values()) > MAX_WAYS:
+            self._refuse(
+                f"can be read in more than {MAX_WAYS:,} ways: its choices (anyOf) between objects contain such "
+                "choices again, level by level; write one object with the properties of all."
+            )
         return result
 
     def _read(self, schema: Any, name: str, depth: int, pointer: str) -> Any:
         """The annotation of the schema at ``pointer``; ``name`` is what its model is called after."""
-        self._nodes += 1
-        if self._nodes > MAX_SCHEMA_NODES:
-            self._refuse(f"has more than {MAX_SCHEMA_NODES} parts; make it smaller.")
+        self._count("parts")
         if depth > MAX_SCHEMA_DEPTH:
             self._refuse(f"is nested more than {MAX_SCHEMA_DEPTH} levels deep; make it flatter.")
         if schema is True or schema == {}:
@@ -168,6 +178,7 @@ class SchemaReader:
     def _values(self, schema: dict[str, Any], pointer: str) -> Any:
         self._only(schema, {"enum", "const", "type"}, pointer)
         values = [schema["const"]] if "const" in schema else self._list(schema, "enum", pointer)
+        self._count("enum values", len(values))
         if len(values) > MAX_VALUES:
             self._refuse(f"has an enum of {len(values)} values at {pointer}, more than {MAX_VALUES}.")
         for value in values:
@@ -226,6 +237,9 @@ class SchemaReader:
         return annotation
 
     def _check_pattern(self, pattern: str, pointer: str) -> None:
+        self._count("patterns")
+        if len(pattern) > MAX_PATTERN:
+            self._refuse(f"has a pattern of {len(pattern):,} characters at {pointer}, more than {MAX_PATTERN:,}.")
         try:
             pydantic.TypeAdapter(Annotated[str, _pattern(pattern)])
         except pydantic_core.SchemaError as error:
@@ -280,15 +294,14 @@ class SchemaReader:
         return self._model(schema, name, depth, pointer)
 
     def _model(self, schema: dict[str, Any], name: str, depth: int, pointer: str) -> Any:
-        if len(self._models) >= MAX_MODELS:
-            self._refuse(f"has more than {MAX_MODELS} objects; make it smaller.")
+        self._count("objects")
         title = schema.get("title")
         model_name = self._free_name(_camel(title if isinstance(title, str) else name))
         self._models[model_name] = None
         self._names[pointer] = model_name
         required = schema.get("required", [])
         properties = schema.get("properties", {})
-        if not isinstance(required, list) or not all(word in properties for word in required):
+        if not isinstance(required, list) or not all(isinstance(w, str) and w in properties for w in required):
             self._refuse(f"has required {_shown(required)} at {pointer}, which are not all among its properties.")
         fields: dict[str, Any] = {}
         for key, part in properties.items():
@@ -334,6 +347,14 @@ class SchemaReader:
             number += 1
             name = f"{wanted}{number}"
         return name
+
+    def _count(self, what: str, number: int = 1) -> None:
+        self._used[what] += number
+        if self._used[what] > LIMITS[what]:
+            self._refuse(
+                f"has too many {what}: all schemas of a signature together may have {LIMITS[what]:,}; "
+                "make them smaller."
+            )
 
     def _only(self, schema: dict[str, Any], allowed: set[str], pointer: str) -> None:
         for word in schema:
@@ -397,6 +418,45 @@ def _camel(text: str) -> str:
 
 def _union(members: Iterable[Any]) -> Any:
     return Union[tuple(members)]  # noqa: UP007  # the members are known at run time only
+
+
+def _ways(annotation: Any, models: Iterable[type[pydantic.BaseModel]]) -> int:
+    """How often pydantic may look at the innermost part of one value; counted no further than it matters."""
+    fields = {model: [field.annotation for field in model.model_fields.values()] for model in models}
+    ways: dict[Any, int] = dict.fromkeys(fields, 1)
+    for _ in range(limits.MAX_DEPTH):  # a value's level each: deeper ones do not come in
+        before = ways
+        ways = {
+            model: max((_ways_of(part, before) for part in parts), default=1) for model, parts in fields.items()
+        }
+        if ways == before or max(ways.values()) > MAX_WAYS:
+            break
+    return max([_ways_of(annotation, ways), *ways.values()])
+
+
+def _ways_of(annotation: Any, models: Mapping[Any, int]) -> int:
+    """``_ways`` of an annotation, where those of the models are known for one level less."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _ways_of(arguments[0], models)
+    if origin is Union:
+        # Of members that are objects, arrays or plain, only those of the value's own kind are looked into.
+        tried: Counter[str] = Counter()
+        for member in arguments:
+            tried[_kind_of(member)] += _ways_of(member, models)
+        return max(tried.values())
+    if origin in (list, set, tuple, dict):
+        return max((_ways_of(part, models) for part in arguments), default=1)
+    return models.get(annotation, 1) if isinstance(annotation, type) else 1
+
+
+def _kind_of(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Annotated:
+        return _kind_of(typing.get_args(annotation)[0])
+    plain = typing.get_origin(annotation) or annotation
+    if plain in (list, set, tuple):
+        return "array"
+    return "object" if plain is dict or (isinstance(plain, type) and issubclass(plain, pydantic.BaseModel)) else ""
 
 
 def _is_only_object(parts: list[Any]) -> bool:

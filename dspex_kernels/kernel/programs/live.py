@@ -25,6 +25,7 @@ from dspex_kernels.kernel.programs.tools import Toolbox
 from dspex_kernels.kernel.programs.types import type_text
 from dspex_kernels.kernel.programs.values import to_json
 from dspex_kernels.protocol.commands import CreateProgramArgs, ProgramSummary
+from dspex_kernels.protocol.messages import cut
 from dspex_kernels.protocol.records import (
     RECORD_VERSION,
     FieldSpec,
@@ -232,12 +233,13 @@ class LiveProgram:
             return _in_order(self._adapters[name].validate_python(value))
         except ValidationError as failure:
             problem = failure.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join([name, *(str(part) for part in problem["loc"])])
+            where = ".".join([name, *(str(part) for part in problem["loc"])])[:200]
+            what = cut(problem["msg"])
             # The failure would carry the value.
             raise errors.InvalidInput(
-                f"{self._name}: input {where!r}: {problem['msg']}; {name} is a {type_text(field.annotation)}, "
-                f"and it got {_shown(value)}",
-                details={"field": name, "problem": problem["msg"]},
+                f"{self._name}: input {where!r}: {what}; {name} is a "
+                f"{cut(type_text(field.annotation))}, and it got {_shown(value)}",
+                details={"field": name, "problem": what},
             ) from None
 
     def _check_completions(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -336,11 +338,19 @@ def check_record(record: ProgramRecord) -> None:
     """Check what can be told of a record without building it; ``LiveProgram.build`` checks the rest.
 
     Raises:
-        InvalidRecord: Its version is unknown, or its state holds what a predictor's state does not.
+        InvalidRecord: Its version is unknown, it says two things of being portable, or its state holds what a
+            predictor's state does not.
     """
     if record.record_version != RECORD_VERSION:
         raise errors.InvalidRecord(
             f"record version {record.record_version} of {record.program_id!r}: this kernel reads {RECORD_VERSION}"
+        )
+    local = [reference.name for reference in _tools_of(record.spec) if not reference.portable]
+    if record.portable and local:
+        raise errors.InvalidRecord(
+            f"record of {record.program_id!r} says that it is portable, and that its tool {local[0]!r} is a "
+            "notebook's: it is one or the other",
+            details={"tool": local[0]},
         )
     for name, state in record.state.items():
         if isinstance(state, dict) and state.get("lm") is not None:
@@ -383,7 +393,7 @@ def _load_state(record: ProgramRecord, module: dspy.Module) -> None:
 
 def _require_notebook_tools(record: ProgramRecord, toolbox: Toolbox) -> None:
     for reference in _tools_of(record.spec):
-        if not reference.portable and not toolbox.has(reference.name):
+        if not reference.portable and not toolbox.has_added(reference.name):
             raise errors.NotPortable(
                 f"program {record.program_id!r} uses the notebook's tool {reference.name!r}, which is gone: "
                 f"run the cell that defines it, then `%dspex add {reference.name}`",

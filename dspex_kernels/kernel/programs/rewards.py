@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -13,6 +15,7 @@ from pydantic_core import SchemaError
 from dspex_kernels import errors
 from dspex_kernels.kernel.programs.tools import REWARDS, Toolbox
 from dspex_kernels.kernel.programs.values import to_json
+from dspex_kernels.protocol import limits
 from dspex_kernels.protocol.messages import first_problem
 
 Reward = Callable[[dict[str, Any], Any], float]
@@ -45,7 +48,7 @@ class FieldReward(BaseModel):
     field: str = Field(min_length=1, max_length=128)
 
     def __call__(self, inputs: dict[str, Any], prediction: Any) -> float:
-        return float(self.is_wanted(prediction[self.field]))
+        return _told(self.reward_name, lambda: self.is_wanted(prediction[self.field]))
 
     def is_wanted(self, value: Any) -> bool:
         raise NotImplementedError
@@ -149,16 +152,18 @@ class PluginReward:
     """A plugin's reward function with its arguments.
 
     Args:
+        name: As programs name it.
         function: ``f(inputs, prediction, **args) -> float``.
         args: Its further arguments.
     """
 
-    def __init__(self, function: Callable[..., Any], args: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], args: Mapping[str, Any]) -> None:
+        self.name = name
         self.function = function
         self.args = dict(args)
 
     def __call__(self, inputs: dict[str, Any], prediction: Any) -> float:
-        return float(self.function(inputs, prediction, **self.args))
+        return _told(self.name, lambda: self.function(inputs, prediction, **self.args))
 
 
 _BUILT_IN: Mapping[str, type[FieldReward]] = {
@@ -216,11 +221,41 @@ def _plugged(spec: RewardSpec, plugin: Any) -> Reward:
     try:
         if inspect.isclass(plugin):
             made: Any = plugin
-            return PluginReward(made(**spec.args), {})
+            return PluginReward(spec.name, made(**spec.args), {})
         inspect.signature(plugin).bind({}, None, **spec.args)
     except (TypeError, ValueError) as failure:
         raise errors.InvalidModule(f"reward {spec.name!r} does not take these args: {failure}") from failure
-    return PluginReward(plugin, spec.args)
+    return PluginReward(spec.name, plugin, spec.args)
+
+
+def _told(name: str, reward: Callable[[], Any]) -> float:
+    """What a reward gives.
+
+    Raises:
+        CallStopped: It failed, or gave no number. BestOfN and Refine print an ``Exception``, go on to the next
+            attempt and in the end answer nothing: nobody would learn why.
+    """
+    try:
+        return _number(reward())
+    except errors.DSPexError as failure:
+        raise errors.CallStopped(failure) from failure
+    except Exception as failure:  # a plugin's own code, which may fail in any way
+        what = traceback.format_exception_only(failure)[-1].strip()[:2000]  # str() of it may fail, too
+        frames = traceback.format_tb(failure.__traceback__)[2:]  # without this function and its caller
+        stopped = errors.ProgramFailed(
+            f"the reward {name!r} failed: {' '.join(what.split())}; it should give a number for every answer",
+            ename=type(failure).__name__,
+            evalue=what.partition(": ")[2],
+            traceback=[line.rstrip("\n") for line in frames][-limits.MAX_TRACEBACK_LINES :],
+        )
+        raise errors.CallStopped(stopped) from failure
+
+
+def _number(given: Any) -> float:
+    number = float(given)
+    if math.isnan(number):
+        raise ValueError("it gave NaN, which is neither above nor below a threshold")
+    return number
 
 
 def _last_line(failure: Exception) -> str:

@@ -6,6 +6,7 @@ import keyword
 import re
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
@@ -64,9 +65,10 @@ def build_signature(spec: SignatureSpec) -> type[dspy.Signature]:
     """
     _check_names(spec)
     fields = {}
+    used: Counter[str] = Counter()
     for side, field_of in ((spec.inputs, dspy.InputField), (spec.outputs, dspy.OutputField)):
         for field in side:
-            full = annotation_of(field)
+            full = annotation_of(field, used)
             annotation, bounds = _without_bounds(full)
             # DSPy need not compare the inputs again: it would write what does not fit into the log.
             checked = {IS_TYPE_UNDEFINED: True} if field_of is dspy.InputField else {}

@@ -32,7 +32,8 @@ TOOLS = "dspex_kernels.tools"
 """Entry-point group: name -> a function with type hints, or a ``dspy.Tool``."""
 
 REWARDS = "dspex_kernels.rewards"
-"""Entry-point group: name -> ``f(inputs: dict, prediction, **args) -> float``, or a class of such objects."""
+"""Entry-point group: name -> ``f(inputs: dict, prediction, **args) -> float``, or a class of such objects. One that
+raises ends the call: its user is to learn why."""
 
 MODULES = "dspex_kernels.modules"
 """Entry-point group: name -> a ``dspy.Module`` subclass, or a function of the module's args that returns one."""
@@ -127,8 +128,9 @@ class Toolbox:
         Raises:
             ToolNotFound: There is none; the message lists those there are.
         """
-        if name in self._added:
-            return self._added[name]
+        return self._added.get(name) or self._plugin_tool(name)
+
+    def _plugin_tool(self, name: str) -> SessionTool:
         if name not in self._plugged:
             function = self.plugin(TOOLS, name)
             if function is None:
@@ -144,9 +146,9 @@ class Toolbox:
         """The tools there are, by name."""
         return sorted({*self._added, *_plugins(TOOLS)})
 
-    def has(self, name: str) -> bool:
-        """Whether there is a tool of that name; loads nothing."""
-        return name in self._added or name in _plugins(TOOLS)
+    def has_added(self, name: str) -> bool:
+        """Whether the notebook made a tool of that name."""
+        return name in self._added
 
     def reference(self, name: str) -> ToolReference:
         """How a record names the tool.
@@ -158,13 +160,14 @@ class Toolbox:
         return ToolReference(name=name, schema_hash=_fingerprint(tool), portable=name not in self._added)
 
     def resolve(self, reference: ToolReference) -> SessionTool:
-        """The tool that a record names.
+        """The tool that a record names: an installed one where it is portable, else the notebook's.
 
         Raises:
             ToolNotFound: There is none of that name.
             ToolChanged: Its name, description or arguments are not those that the program was made with.
         """
-        tool = self.get(reference.name)
+        # A record that calls the notebook's tool portable would travel, and be the notebook's no more.
+        tool = self._plugin_tool(reference.name) if reference.portable else self.get(reference.name)
         found = _fingerprint(tool)
         if found != reference.schema_hash:
             raise errors.ToolChanged(

@@ -11,6 +11,7 @@ import datetime
 import types
 import typing
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NoReturn, Union
 
@@ -68,32 +69,43 @@ def parse_type(text: str, *, field: str) -> Any:
             f"The type of field {field!r} is not a type expression: {_shown(text)}. There are: {_SPEAKABLE}.",
             details={"field": field, "type": text},
         ) from error
-    return _TypeParser(field, text).annotation(tree.body, 0)
+    try:
+        return _TypeParser(field, text).annotation(tree.body, 0)
+    except RecursionError:
+        raise errors.InvalidType(
+            f"The type of field {field!r} is nested too deep: {_shown(text)}; give a JSON Schema instead.",
+            details={"field": field, "type": text},
+        ) from None  # a thousand equal frames tell nothing
 
 
-def schema_type(schema: dict[str, Any], *, name: str, field: str) -> Any:
+def schema_type(schema: dict[str, Any], *, name: str, field: str, used: Counter[str] | None = None) -> Any:
     """The annotation of a JSON Schema; objects become pydantic models.
 
     Args:
         schema: A JSON Schema object; references may only point into itself.
         name: What a model without a title is called after, in any case: ``"invoice_lines"``.
         field: The field's name, for errors.
+        used: What other schemas of the signature have used of ``json_schemas.LIMITS``; counted on.
 
     Raises:
         InvalidType: The schema has a keyword that cannot be honoured, points outside itself, or is too large.
     """
-    return SchemaReader(schema, field).annotation(name)
+    return SchemaReader(schema, field, used).annotation(name)
 
 
-def annotation_of(spec: FieldSpec) -> Any:
+def annotation_of(spec: FieldSpec, used: Counter[str] | None = None) -> Any:
     """The annotation of a field, however its type is given: validate values with its ``TypeAdapter``.
+
+    Args:
+        spec: The field.
+        used: As for ``schema_type``.
 
     Raises:
         InvalidType: The type is outside the grammar, or its JSON Schema cannot be honoured.
     """
     if isinstance(spec.type, str):
         return parse_type(spec.type, field=spec.name)
-    return schema_type(spec.type, name=spec.name, field=spec.name)
+    return schema_type(spec.type, name=spec.name, field=spec.name, used=used)
 
 
 def type_text(given: Any) -> str:
@@ -185,6 +197,8 @@ class _TypeParser:
 
     def _constant(self, node: ast.expr) -> str | int | bool | None:
         match node:
+            case ast.Constant(value=str() as text) if not _is_unicode(text):
+                return self._refuse("has half a character (a lone surrogate) in Literal[…]; write the whole one.")
             case ast.Constant(value=str() | int() | bool() | None as value):
                 return value
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as number)):
@@ -223,6 +237,11 @@ def _union_parts(node: ast.expr) -> list[ast.expr]:
 
 def _union(members: Iterable[Any]) -> Any:
     return Union[tuple(members)]  # noqa: UP007  # the members are known at run time only
+
+
+def _is_unicode(text: str) -> bool:
+    # An escape in the type's text makes what the message itself could not hold, and no prompt can.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown(text: str) -> str:

@@ -313,6 +313,10 @@ class SQLStore(SessionStore):
             # SQLAlchemy's own text spans lines and tells the statement; the driver's is to the point.
             reason = str(getattr(failure, "orig", None) or failure).strip().partition("\n")[0]
             raise errors.StoreError(f"the store {self._url!r} failed: {reason}") from failure
+        except (OverflowError, UnicodeEncodeError) as failure:  # of the driver: the value fits no column
+            raise errors.InvalidArguments(
+                f"the store cannot hold this value: {type(failure).__name__}: {str(failure)[:200]}"
+            ) from None  # the cause would carry the value
         except ValidationError as failure:
             raise errors.StoreError(
                 f"the store {self._url!r} holds a record that this version cannot read: {first_problem(failure)}"

@@ -43,9 +43,15 @@ def test_a_prediction_displays_as_table_json_and_text(bundle):
     prediction.set_lm_usage({"a/b": {"total_tokens": 12}, "c/d": {}})
     data = bundle(prediction)
     assert data["text/plain"] == repr(prediction)
-    assert data["application/json"] == {"answer": "Paris", "score": 0.5}
+    assert data[display.JSON_TYPE] == {"answer": "Paris", "score": 0.5}
     assert "Paris" in data["text/html"]
     assert "12 tokens" in data["text/html"]
+
+
+def test_jupyterlab_is_given_no_json_that_it_would_show_in_place_of_the_table(bundle):
+    shown = [dspy.Prediction(a=1), dspy.Predict("q -> a"), display.Table("", [], [[1]], {}), display.Notice("", {})]
+    for thing in shown:
+        assert bundle(thing).keys() == {"text/plain", "text/html", display.JSON_TYPE}
 
 
 def test_a_predictions_subclass_displays_the_same(bundle):
@@ -84,9 +90,9 @@ def test_nested_and_odd_values_are_json(bundle):
         x: int
 
     data = bundle(dspy.Prediction(point=Point(x=1), deep={"a": [Point(x=2)]}, nan=math.nan, odd=object))
-    assert data["application/json"]["point"] == {"x": 1}
-    assert data["application/json"]["deep"] == {"a": [{"x": 2}]}
-    assert data["application/json"]["nan"] is None
+    assert data[display.JSON_TYPE]["point"] == {"x": 1}
+    assert data[display.JSON_TYPE]["deep"] == {"a": [{"x": 2}]}
+    assert data[display.JSON_TYPE]["nan"] is None
 
 
 def test_control_characters_never_reach_a_terminal():
@@ -99,8 +105,8 @@ def test_a_module_displays_its_signature_class_and_demos(bundle):
     module = dspy.ChainOfThought("question: str, kind: Literal['a', 'b'] -> answers: list[int]")
     module.predict.demos = [dspy.Example(question="q", kind="a", reasoning="r", answers=[1])]
     data = bundle(module)
-    assert data["application/json"]["module"] == "ChainOfThought"
-    (predictor,) = data["application/json"]["predictors"]
+    assert data[display.JSON_TYPE]["module"] == "ChainOfThought"
+    (predictor,) = data[display.JSON_TYPE]["predictors"]
     assert predictor["signature"] == (
         "question: str, kind: Literal['a', 'b'] -> reasoning: str, answers: list[int]"
     )
@@ -115,7 +121,7 @@ def test_a_notebooks_own_module_displays_each_predictor(bundle):
             self.first = dspy.Predict("a -> b")
             self.second = dspy.Predict("b -> c: float")
 
-    shown = bundle(Pipeline())["application/json"]
+    shown = bundle(Pipeline())[display.JSON_TYPE]
     assert [p["name"] for p in shown["predictors"]] == ["first", "second"]
     assert shown["predictors"][1]["signature"] == "b: str -> c: float"
 
@@ -124,7 +130,7 @@ def test_a_modules_lm_and_its_key_are_never_shown(bundle):
     module = dspy.Predict("q -> a")
     module.lm = dspy.LM("openai/x", api_key="sk-canary")
     data = bundle(module)
-    assert "canary" not in data["text/html"] + json.dumps(data["application/json"])
+    assert "canary" not in data["text/html"] + json.dumps(data[display.JSON_TYPE])
 
 
 def test_an_absent_value_and_a_literal_type_read_well():
@@ -165,7 +171,7 @@ def test_every_answer_has_text_html_and_json(bundle):
         "history": display.history_table({"entries": [entry], "count": 1}),
     }
     for answer in shown.values():
-        assert {"text/plain", "text/html", "application/json"} <= bundle(answer).keys()
+        assert {"text/plain", "text/html", display.JSON_TYPE} <= bundle(answer).keys()
     assert "$0.25" in repr(shown["stats"])
     assert "1 failed" in repr(shown["stats"])
     assert "told" in repr(shown["history"])

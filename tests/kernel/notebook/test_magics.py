@@ -492,6 +492,18 @@ def test_help_names_every_verb(shell, line):
     assert all(f"%dspex {verb}" in shown for verb in magics.VERBS)
 
 
+@pytest.mark.parametrize("line", ["--help", "-h", "--help run"])
+def test_help_asked_for_as_on_a_command_line_names_every_verb(shell, line):
+    assert "%dspex create" in repr(typed(shell, f"%dspex {line}").result)
+
+
+@pytest.mark.parametrize("line", ["run --help", "run qa -h", "create --help", "configure --help"])
+def test_help_of_a_verb_may_be_asked_for_as_an_option_and_nothing_else_happens(shell, session, line):
+    verb = line.split()[0]
+    assert repr(typed(shell, f"%dspex {line}").result) == magics.help_text(verb)
+    assert session.asked == []
+
+
 @pytest.mark.parametrize("verb", magics.VERBS)
 def test_help_of_a_verb_names_its_options(shell, verb):
     shown = repr(typed(shell, f"%dspex help {verb}").result)
@@ -519,6 +531,7 @@ def test_inspection_shows_the_help(shell):
         ("%dspex configure budget.u", {"budget.usd="}),
         ("%dspex configure adapter=j", {"adapter=json"}),
         ("%dspex run qa question=@te", {"question=@text"}),
+        ("%dspex configure api_key=@te", {"api_key=@text"}),
         ("%dspex add bo", {"bot"}),
         ("%dspex help hi", {"history"}),
     ],

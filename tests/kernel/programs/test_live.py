@@ -488,3 +488,59 @@ def test_a_sets_order_is_the_same_in_every_process(toolbox: Toolbox) -> None:
     program = live(toolbox, signature="words: set[str], more: list[set[int]] -> answer")
     given = {"words": ["d", "a", "c", "b", "a"], "more": [[3, 1, 2]]}
     assert program.check_inputs(given) == {"words": ["a", "b", "c", "d"], "more": [[1, 2, 3]]}
+
+
+POLICY: list[tuple[str, Any, Any]] = [
+    # A text that says a number is the number: rows of CSV files and forms come as texts.
+    ("int", "5", 5), ("float", "2.5", 2.5), ("float", 3, 3.0), ("int", 4.0, 4), ("bool", "yes", True),
+    ("str | int", "5", "5"), ("date", "2026-01-02", date(2026, 1, 2)), ("list[int]", ["1", 2], [1, 2]),
+    ("str | None", None, None), ("Literal['a']", "a", "a"),
+]  # fmt: skip
+REFUSED: list[tuple[str, Any]] = [
+    # Nothing becomes a text by itself, and nothing is cut off.
+    ("str", ["a"]), ("str", 5), ("str", True), ("str", None), ("int", 4.5), ("int", "4.5"), ("int", ""),
+    ("int", None), ("list[str]", "a"), ("list[str]", {"a": 1}), ("Literal['1']", 1), ("dict[str, int]", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "given", "taken"), POLICY)
+def test_an_input_is_taken_as_its_type_where_it_says_the_same(
+    toolbox: Toolbox, kind: str, given: Any, taken: Any
+) -> None:
+    program = _of_type(toolbox, kind)
+    found = program.check_inputs({"q": given})["q"]
+    assert (found, type(found)) == (taken, type(taken))
+
+
+@pytest.mark.parametrize(("kind", "given"), REFUSED)
+def test_an_input_that_would_have_to_be_bent_is_refused(toolbox: Toolbox, kind: str, given: Any) -> None:
+    with pytest.raises(errors.InvalidInput, match="input 'q'"):
+        _of_type(toolbox, kind).check_inputs({"q": given})
+
+
+def test_a_refused_input_is_told_in_short(toolbox: Toolbox) -> None:
+    program = _of_type(toolbox, {"enum": [f"word number {n}" for n in range(1000)]})
+    with pytest.raises(errors.InvalidInput) as caught:
+        program.check_inputs({"q": "none"})
+    assert len(orjson.dumps(caught.value.to_dict())) < 3000
+
+
+def _of_type(toolbox: Toolbox, kind: Any) -> LiveProgram:
+    signature = {"inputs": [{"name": "q", "type": kind}], "outputs": [{"name": "a"}]}
+    args = CreateProgramArgs(program_id="p", signature=signature)
+    return LiveProgram.build(new_record(args, 1, toolbox, CREATED), toolbox)
+
+
+def test_a_record_that_says_two_things_of_being_portable_is_refused(toolbox: Toolbox) -> None:
+    toolbox.add(look_up)
+    args = CreateProgramArgs(program_id="p", signature="q -> a", module="ReAct", tools=["look_up"])
+    record = new_record(args, 1, toolbox, CREATED)
+    assert not record.portable
+    check_record(record)
+    with pytest.raises(errors.InvalidRecord, match="'look_up' is a notebook's"):
+        check_record(record.model_copy(update={"portable": True}))
+
+
+def test_a_version_that_no_store_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match="version"):
+        ProgramRecord(program_id="p", version=2**31, spec={})

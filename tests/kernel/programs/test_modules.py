@@ -251,3 +251,25 @@ def test_a_field_that_the_module_takes_for_its_own_is_refused(
     with pytest.raises(errors.InvalidSignature, match=module):
         build(toolbox, module=module, signature=signature)
     assert build(toolbox, module="Predict", signature=signature)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "why"),
+    [("raises", {}, "ZeroDivisionError: division by zero"), ("no_number", {}, "NaN"), ("near", {}, "could not")],
+)
+def test_a_reward_that_fails_ends_the_call_and_tells_why(
+    plugin: None, toolbox: Toolbox, name: str, args: dict[str, Any], why: str
+) -> None:
+    """DSPy prints what a reward raises, tries again, and in the end answers nothing."""
+    prediction = dspy.Prediction(answer="one")
+    with pytest.raises(errors.CallStopped) as caught:
+        build_reward({"name": name, "args": args}, toolbox)({}, prediction)
+    failure = caught.value.error
+    assert isinstance(failure, errors.ProgramFailed)
+    assert why in failure.message
+    assert f"the reward {name!r} failed" in failure.message
+
+
+def test_a_built_in_reward_without_its_field_says_so(toolbox: Toolbox) -> None:
+    with pytest.raises(errors.CallStopped, match="'one_word' failed: KeyError"):
+        build_reward({"name": "one_word", "args": {"field": "title"}}, toolbox)({}, dspy.Prediction(answer="one"))

@@ -33,6 +33,12 @@ ready = dspy.Tool(lambda n: n + 1, name="other", desc="Counts.", args={"n": {"ty
 def near(inputs, prediction, wanted=1.0):
     return 1.0 - abs(float(prediction.answer) - wanted)
 
+def raises(inputs, prediction):
+    return 1 / 0
+
+def no_number(inputs, prediction):
+    return float("nan")
+
 class Fixed:
     def __init__(self, score):
         self.score = score
@@ -63,6 +69,8 @@ broken = PLUGIN:missing
 [dspex_kernels.rewards]
 near = PLUGIN:near
 fixed = PLUGIN:Fixed
+raises = PLUGIN:raises
+no_number = PLUGIN:no_number
 
 [dspex_kernels.modules]
 two_steps = PLUGIN:TwoSteps
@@ -300,3 +308,21 @@ def test_an_async_tool_called_on_a_loop_waits_for_no_thread_of_the_executor() ->
             return toolbox.get("later")()
 
         assert only.submit(asyncio.run, on_a_loop()).result(timeout=10) == "done"
+
+
+def test_a_reference_that_calls_a_notebooks_tool_portable_finds_none(toolbox: Toolbox) -> None:
+    toolbox.add(look_up)
+    honest = toolbox.reference("look_up")
+    assert toolbox.resolve(honest) is toolbox.get("look_up")
+    with pytest.raises(errors.ToolNotFound):
+        toolbox.resolve(honest.model_copy(update={"portable": True}))
+
+
+def test_a_program_of_an_installed_tool_keeps_it_when_a_notebook_makes_one_of_that_name(
+    plugin: None, toolbox: Toolbox
+) -> None:
+    reference = toolbox.reference("shout")
+    installed = toolbox.resolve(reference)
+    toolbox.add(look_up, name="shout")
+    assert toolbox.resolve(reference) is installed
+    assert toolbox.get("shout") is not installed

@@ -198,6 +198,8 @@ def test_each_keyword_of_a_schema_is_honoured(schema, good, bad):
         ({"type": "string", "minimum": 3}, "minimum"),
         ({"type": "array", "items": "string"}, "str"),
         ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, "required"),
+        ({"type": "object", "properties": {"a": {}}, "required": [{}]}, "required"),
+        ({"type": "string", "pattern": "a" * 1001}, "1,001"),
     ],
 )
 def test_a_schema_that_cannot_be_honoured_is_refused_with_the_reason(schema, word):
@@ -211,8 +213,8 @@ def test_a_schema_is_bounded_in_depth_and_size():
     for _ in range(40):
         deep = {"type": "array", "items": deep}
     wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
-    for schema in (deep, wide):
-        with pytest.raises(errors.InvalidType, match="more than"):
+    for schema, why in ((deep, "more than"), (wide, "too many parts")):
+        with pytest.raises(errors.InvalidType, match=why):
             schema_type(schema, name="x", field="x")
 
 
@@ -230,3 +232,63 @@ def test_a_type_is_told_in_short():
     assert type_text(dict[str, Optional[int]]) == "dict[str, int | None]"  # noqa: UP045
     assert type_text(tuple[int, ...]) == "tuple[int, ...]"
     assert type_text(annotation_of(FieldSpec(name="a", type={"type": "integer", "minimum": 1}))) == "int"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-" * 1900 + "1",
+        "a" + ".b" * 900,
+        "not " * 400 + "x",
+        "+".join("1" * 900),
+        "x" + "()" * 900,
+        "list" + "[int]" * 380,
+    ],
+    ids=["minus", "attribute", "not", "plus", "call", "subscript"],
+)
+def test_a_type_that_python_parses_and_cannot_walk_is_refused(text):
+    with pytest.raises(errors.InvalidType, match="'q'"):
+        parse_type(text, field="q")
+
+
+def test_a_literal_with_half_a_character_is_refused():
+    with pytest.raises(errors.InvalidType, match="lone surrogate"):
+        parse_type(r"Literal['\ud800']", field="q")
+
+
+def _choice(*names):
+    return {"anyOf": [*({"$ref": f"#/$defs/{name}"} for name in names), {"type": "null"}]}
+
+
+def test_a_schema_whose_values_take_for_ever_to_read_is_refused():
+    """Pydantic tries each object of a choice, again at each level: 2**n times, and holds the GIL meanwhile."""
+    recursive = {
+        "$defs": {name: {"type": "object", "properties": {"next": _choice("A", "B")}} for name in ("A", "B")},
+        **_choice("A", "B"),
+    }
+    levels = {f"{name}{n}": {"type": "object", "properties": {"next": _choice(f"A{n - 1}", f"B{n - 1}")}}
+              for n in range(1, 40) for name in ("A", "B")}  # fmt: skip
+    ends = {f"{name}0": {"type": "object", "properties": {"end": {}}} for name in ("A", "B")}
+    # Innermost first: each is read once, and none of them deep.
+    flat = {
+        "$defs": {**ends, **levels},
+        "type": "object",
+        "properties": {name: {"$ref": f"#/$defs/{name}"} for name in (*ends, *levels)},
+    }
+    for schema in (recursive, flat):
+        with pytest.raises(errors.InvalidType, match="more than 10,000 ways"):
+            schema_type(schema, name="x", field="x")
+
+
+def test_a_tree_with_leaves_is_read():
+    sides = {side: _choice("Branch", "Leaf") for side in ("left", "right")}
+    branch = {"type": "object", "properties": sides, "additionalProperties": False}
+    leaf = {"type": "object", "properties": {"value": {"type": "integer"}}, "required": ["value"]}
+    tree = schema_type({"$defs": {"Branch": branch, "Leaf": leaf}, "$ref": "#/$defs/Branch"}, name="x", field="x")
+    value: dict[str, Any] = {"value": 7}
+    for _ in range(40):
+        value = {"left": value}
+    read = pydantic.TypeAdapter(tree).validate_python(value)
+    for _ in range(40):
+        read = read.left
+    assert read.value == 7

@@ -1,0 +1,254 @@
+"""Places for sessions: opened when they are called, shared by all who wait, opened anew when they are lost.
+
+Opening is one task for each session, which all its callers await. What is decided about a session is decided
+without an await in between, so there is no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dspex_kernels import errors
+from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions.backend import Place, SessionBackend
+from dspex_kernels.sessions.calls import Call
+from dspex_kernels.sessions.keeper import Keeper
+from dspex_kernels.sessions.kernel_connection import MAX_PENDING
+from dspex_kernels.sessions.live import LiveSession
+from dspex_kernels.sessions.registry import Registry, not_found
+from dspex_kernels.sessions.store import SessionStore
+from dspex_kernels.sessions.tasks import Tasks
+
+CANCEL_TIMEOUT = 20.0
+"""Seconds in which a start that was cancelled must have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A call that may have to wait for its session's place.
+
+    Attributes:
+        command: Which command, for messages.
+        deadline: On the loop's clock.
+        request_id: By which ``Places.withdraw`` finds it; None is none.
+        waits: False to be told at once that there is no place yet.
+    """
+
+    command: str
+    deadline: float
+    request_id: str | None = None
+    waits: bool = True
+
+
+class Places:
+    """Gives sessions their places.
+
+    Args:
+        backends: By name.
+        registry: The service's sessions.
+        store: Open.
+        keeper: Takes the journals in.
+        tasks: Where starts run.
+        start_timeout: Seconds in which a started kernel must answer.
+        command_timeout: Seconds for it to be told the LM.
+    """
+
+    def __init__(
+        self,
+        backends: Mapping[str, SessionBackend],
+        registry: Registry,
+        store: SessionStore,
+        keeper: Keeper,
+        tasks: Tasks,
+        *,
+        start_timeout: float,
+        command_timeout: float,
+    ) -> None:
+        self._backends = backends
+        self._registry = registry
+        self._store = store
+        self._keeper = keeper
+        self._tasks = tasks
+        self._start_timeout = start_timeout
+        self._command_timeout = command_timeout
+        self._closed = False
+
+    def backend(self, name: str) -> SessionBackend:
+        """The backend of that name.
+
+        Raises:
+            InvalidSession: There is none.
+        """
+        try:
+            return self._backends[name]
+        except KeyError:
+            raise errors.InvalidSession(
+                f"no backend {name!r} here: there is {', '.join(sorted(self._backends))}",
+                details={"backend": str(name)[:64]},
+            ) from None  # the KeyError tells nothing more
+
+    def backend_of(self, live: LiveSession) -> SessionBackend:
+        """Where a session lives."""
+        return self.backend(live.record.backend)
+
+    def of(self, live: LiveSession) -> Place | None:
+        """A session's place; None where it has none."""
+        return self.backend_of(live).get_place(live.session_id)
+
+    def close(self) -> None:
+        """Open no place any more; starts are cancelled."""
+        self._closed = True
+        for live in self._registry:
+            if live.opening is not None:
+                live.opening.cancel()
+
+    async def ensure(self, live: LiveSession, waiter: Waiter) -> None:
+        """Return when the session has a place.
+
+        Raises:
+            ServiceClosed: The service stops.
+            SessionNotFound: The session was destroyed meanwhile.
+            SessionNotReady: The waiter does not wait; or another service has the session.
+            CommandTimeout: Not by the deadline.
+            CommandCancelled: ``withdraw`` found the request while it waited.
+            KernelError: Opening failed.
+        """
+        self._check_open(live)
+        if live.status is SessionStatus.READY:
+            if self.of(live) is not None:
+                return
+            live.become(SessionStatus.HIBERNATED, "its place was lost")
+        if live.opening is None:
+            live.opening = self._tasks.spawn(self._open(live))
+        if not waiter.waits:
+            because = f" ({live.reason})" if live.reason else ""
+            raise errors.SessionNotReady(
+                f"session {live.session_id!r} has no kernel yet{because}; one is being started: call again, or "
+                "give the call time to wait",
+                details={"session_id": live.session_id, "status": str(live.status)},
+                retry_after=1.0,
+            )
+        await self._wait(live, live.opening, waiter)
+
+    def withdraw(self, live: LiveSession, request_id: str) -> bool | None:
+        """Cancel a call that still waits for its place. None when the place itself is to be asked."""
+        queued = live.queued.get(request_id)
+        if queued is not None:
+            if not queued.done():
+                queued.set_result(None)
+            return True
+        return None if live.status is SessionStatus.READY else False
+
+    def lost(self, session_id: str, place: Place, why: str) -> None:
+        """Take a backend's word that a place is gone: the next call opens another."""
+        live = self._registry.find(session_id)
+        if live is None or live.record.generation != place.generation:
+            return
+        if live.status is SessionStatus.READY:
+            live.become(SessionStatus.HIBERNATED, why)
+        self._tasks.spawn(self._keeper.fold(live))
+
+    async def cancel_opening(self, live: LiveSession) -> None:
+        """End a start that is under way, and wait until it has cleared away."""
+        if live.opening is not None:
+            live.opening.cancel()
+            await asyncio.wait({live.opening}, timeout=CANCEL_TIMEOUT)
+
+    async def _wait(self, live: LiveSession, opening: asyncio.Task[None], waiter: Waiter) -> None:
+        if len(live.queued) >= MAX_PENDING:
+            raise errors.SessionLimitReached(
+                f"{MAX_PENDING} calls wait for session {live.session_id!r} to start, the limit: call again later",
+                details={"pending": len(live.queued), "limit": MAX_PENDING},
+                retry_after=1.0,
+            )
+        loop = asyncio.get_running_loop()
+        withdrawn: asyncio.Future[None] = loop.create_future()
+        key = waiter.request_id if waiter.request_id is not None else f"{id(withdrawn)}"
+        if key in live.queued:
+            raise errors.DuplicateRequest(f"a call {key!r} of session {live.session_id!r} is waiting already")
+        live.queued[key] = withdrawn
+        try:
+            left = max(waiter.deadline - loop.time(), 0)
+            await asyncio.wait({opening, withdrawn}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del live.queued[key]
+        if withdrawn.done():
+            raise errors.CommandCancelled(
+                f"{waiter.command} was cancelled while session {live.session_id!r} started"
+            )
+        if not opening.done():
+            raise errors.CommandTimeout(
+                f"{waiter.command}: the time was over while the kernel of session {live.session_id!r} was still "
+                "starting; call again, or give more time",
+                details={"session_id": live.session_id, "command": waiter.command, "status": str(live.status)},
+                retry_after=1.0,
+            )
+        self._check_opened(live, opening)
+
+    def _check_opened(self, live: LiveSession, opening: asyncio.Task[None]) -> None:
+        self._check_open(live)
+        if opening.cancelled():
+            raise not_found(live.session_id)
+        failure = opening.exception()
+        if isinstance(failure, errors.DSPexError):
+            raise errors.from_dict(failure.to_dict()) from failure  # each waiter has an exception of its own
+        if failure is not None:
+            raise failure
+
+    def _check_open(self, live: LiveSession) -> None:
+        if self._closed:
+            raise errors.ServiceClosed("the session service is closing")
+        if live.status is SessionStatus.DESTROYED:
+            raise not_found(live.session_id)
+
+    async def _open(self, live: LiveSession) -> None:
+        """Give a session its next place. Runs as ``live.opening``."""
+        live.become(SessionStatus.STARTING)
+        backend = self.backend_of(live)
+        try:
+            if live.creating is not None:
+                await asyncio.shield(live.creating)
+            await self._claim(live)
+            await self._keeper.fold(live)  # what an earlier service did not come to read
+            generation = live.record.generation + 1
+            await self._store.set_generation(live.session_id, generation)
+            live.note(generation=generation)
+            await backend.open(live.record, timeout=self._start_timeout)
+            if (lm := live.keyed_lm()) is not None:
+                await backend.call(live.session_id, Call("configure", {"lm": lm}, self._command_timeout))
+            if live.status is SessionStatus.STARTING:
+                live.become(SessionStatus.READY)
+        except BaseException as failure:
+            if live.status is SessionStatus.STARTING:
+                live.become(*_after(failure))
+            if not isinstance(failure, errors.KernelStartFailed | errors.NotADSPexKernel):
+                await backend.close(live.session_id)
+            raise
+        finally:
+            live.opening = None
+
+    async def _claim(self, live: LiveSession) -> None:
+        """Make the session this service's, and know of it what another service made of it meanwhile."""
+        if live.lease is not None:
+            return
+        live.claim()
+        try:
+            live.refresh(await self._store.get(live.session_id))
+        except BaseException as failure:
+            live.release()
+            if isinstance(failure, errors.SessionNotFound):  # the other service destroyed it
+                live.become(SessionStatus.DESTROYED)
+                self._registry.leave(live)
+                self._registry.free(live)
+            raise
+
+
+def _after(failure: BaseException) -> tuple[SessionStatus, str]:
+    """What becomes of a session whose start failed, and why."""
+    if isinstance(failure, asyncio.CancelledError):
+        return SessionStatus.HIBERNATED, "its start was cancelled"
+    if isinstance(failure, errors.SessionNotReady):
+        return SessionStatus.HIBERNATED, "another service uses it"
+    return SessionStatus.FAILED, "its kernel could not be started"

@@ -1,0 +1,209 @@
+"""A dispatcher without a kernel around it answers each request once, however its command or the kernel ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from dspex_kernels import errors
+from dspex_kernels.config import LMPolicy
+from dspex_kernels.kernel import handlers
+from dspex_kernels.kernel.dispatch import Ask, CommandThread, Dispatcher, Identity
+from dspex_kernels.kernel.namespaces import Namespace
+from dspex_kernels.kernel.notebook.asker import NotebookAsker
+from dspex_kernels.kernel.programs.tools import Toolbox
+from tests.waiting import wait_for
+
+SESSION = "session_0123456789abcdef"
+CREATE = {"command": "create_program", "args": {"program_id": "qa", "signature": "question -> answer"}}
+LIST = {"command": "list_programs"}
+
+
+class Workbench:
+    """A dispatcher with its threads, and what it answered."""
+
+    def __init__(self, dispatcher: type[Dispatcher] = Dispatcher, namespace: type[Namespace] = Namespace) -> None:
+        self.programs = ThreadPoolExecutor(2)
+        self.thread = CommandThread()
+        self._namespace = namespace
+        self.dispatcher = dispatcher(
+            Identity("kernel", SESSION), open_namespace=self._open, thread=self.thread, programs=self.programs
+        )
+        self.answers: dict[str, list[dict[str, Any]]] = {}
+
+    def _open(self, session_id: str) -> Namespace:
+        toolbox = Toolbox(self.programs)
+        return self._namespace(session_id, toolbox=toolbox, policy=LMPolicy(), executor=self.programs)
+
+    def submit(self, content: Any, request_id: str = "one") -> list[dict[str, Any]]:
+        """Ask a command; returns the list that its answers come into."""
+        answers = self.answers.setdefault(request_id, [])
+        self.dispatcher.submit(Ask(content, message_id=request_id, reply=answers.append))
+        return answers
+
+    def ask(self, content: Any, request_id: str = "one") -> dict[str, Any]:
+        """A command's answer."""
+        answers = self.submit(content, request_id)
+        return wait_for(lambda: answers, what="an answer")[0]
+
+    def close(self) -> None:
+        self.dispatcher.close(errors.KernelDied("the test is over"))
+        self.programs.shutdown()
+
+
+@pytest.fixture
+def make_workbench() -> Iterator[Callable[..., Workbench]]:
+    made: list[Workbench] = []
+
+    def make(**parts: Any) -> Workbench:
+        made.append(Workbench(**parts))
+        made[-1].dispatcher.start()
+        return made[-1]
+
+    yield make
+    for workbench in made:
+        workbench.close()
+
+
+@pytest.fixture
+def workbench(make_workbench: Callable[..., Workbench]) -> Workbench:
+    return make_workbench()
+
+
+def _handle(monkeypatch: pytest.MonkeyPatch, handler: Callable[..., Any]) -> None:
+    monkeypatch.setattr(handlers, "HANDLERS", {**handlers.HANDLERS, "inspect_history": handler})
+
+
+ASK_HANDLER = {"command": "inspect_history"}
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (ValueError("half a character: \ud800"), "program_failed"),
+        (Unprintable(), "program_failed"),
+        (SystemExit(3), "program_failed"),
+        (KeyboardInterrupt(), "program_failed"),
+        (GeneratorExit(), "program_failed"),
+        (asyncio.CancelledError(), "cancelled"),
+        (errors.InvalidInput("too large", details={"value": 10**40, "text": "\udfff"}), "invalid_input"),
+    ],
+    ids=repr,
+)
+def test_whatever_a_handler_raises_is_answered_and_the_next_command_runs(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: str
+) -> None:
+    async def fail(*_: object) -> None:
+        raise failure
+
+    _handle(monkeypatch, fail)
+    assert workbench.ask(ASK_HANDLER)["error"]["code"] == code
+    assert workbench.ask(LIST, "two")["status"] == "ok"
+    assert len(workbench.answers["one"]) == 1
+
+
+def test_a_stop_iteration_in_a_programs_thread_is_answered(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def exhaust(dispatcher: Dispatcher, *_: object) -> None:
+        await dispatcher.in_thread(lambda: next(iter(())))
+
+    _handle(monkeypatch, exhaust)
+    assert "StopIteration" in workbench.ask(ASK_HANDLER)["error"]["message"]
+
+
+def test_a_sys_exit_in_a_task_that_a_program_began_does_not_end_the_command_loop(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+
+    async def leave_behind(*_: object) -> None:
+        async def leave() -> None:
+            raise SystemExit(3)
+
+        left.append(asyncio.create_task(leave()))
+        await asyncio.sleep(0)
+        raise errors.InvalidInput("went on")
+
+    _handle(monkeypatch, leave_behind)
+    assert workbench.ask(ASK_HANDLER)["error"]["code"] == "invalid_input"
+    assert isinstance(left[0].exception(), SystemExit)
+    assert workbench.ask(LIST, "two")["status"] == "ok"
+
+
+def test_a_call_is_answered_soon_after_its_cancel_even_if_its_program_goes_on(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    async def swallow(dispatcher: Dispatcher, *_: object) -> Any:
+        begun.set()
+        while not go.is_set():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                continue
+        raise errors.InvalidInput("too late")
+
+    _handle(monkeypatch, swallow)
+    answers = workbench.submit(ASK_HANDLER)
+    wait_for(begun.is_set, what="the program")
+    assert workbench.ask({"command": "cancel", "args": {"request_id": "one"}}, "two")["result"]["cancelled"]
+    assert wait_for(lambda: answers, deadline=5, what="the answer")[0]["error"]["code"] == "cancelled"
+    assert workbench.dispatcher.running() == 1, "it still runs, and says so"
+    go.set()
+    wait_for(lambda: not workbench.dispatcher.running(), what="the program's end")
+    assert len(answers) == 1
+
+
+def test_a_call_that_is_cancelled_before_it_began_changes_nothing(workbench: Workbench) -> None:
+    go = threading.Event()
+    workbench.thread.loop.call_soon_threadsafe(go.wait)
+    answers = workbench.submit(CREATE)
+    assert workbench.ask({"command": "cancel", "args": {"request_id": "one"}}, "two")["result"]["cancelled"]
+    go.set()
+    assert wait_for(lambda: answers, what="the answer")[0]["error"]["code"] == "cancelled"
+    assert workbench.ask(LIST, "three")["result"]["count"] == 0
+
+
+def test_a_request_that_comes_while_the_kernel_closes_is_answered(
+    make_workbench: Callable[..., Workbench],
+) -> None:
+    class NamespaceWhoseKernelClosesNow(Namespace):
+        def touch(self) -> None:
+            super().touch()
+            if threading.current_thread() is threading.main_thread():
+                workbench.dispatcher.close(errors.KernelDied("closing"))
+
+    workbench = make_workbench(namespace=NamespaceWhoseKernelClosesNow)
+    answers = workbench.submit(LIST)
+    assert len(answers) == 1
+    assert workbench.ask(LIST, "two")["error"]["code"] == "kernel_died"
+
+
+def test_an_interrupt_while_a_magic_submits_its_command_stops_the_command(
+    make_workbench: Callable[..., Workbench],
+) -> None:
+    class DispatcherInterruptedInSubmit(Dispatcher):
+        def submit(self, ask: Ask) -> Any:
+            assert asker.interrupt(), "the command is the cell's: no KeyboardInterrupt between its two halves"
+            self.loop.call_soon_threadsafe(go.wait)
+            return super().submit(ask)
+
+    go = threading.Event()
+    workbench = make_workbench(dispatcher=DispatcherInterruptedInSubmit)
+    asker = NotebookAsker(workbench.dispatcher)
+    threading.Timer(0.05, go.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        asker.ask("create_program", CREATE["args"])
+    wait_for(lambda: not workbench.dispatcher.running(), what="the end of the command")
