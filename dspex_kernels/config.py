@@ -8,7 +8,7 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from traitlets import Bool, List, Tuple, Unicode
+from traitlets import Bool, List, TraitError, Tuple, Unicode
 from traitlets.config import Configurable
 
 from dspex_kernels import errors
@@ -102,8 +102,27 @@ class LMPolicy(Configurable):
 
     @classmethod
     def from_json(cls, text: str) -> LMPolicy:
-        """The policy that ``to_json`` wrote."""
-        return cls(**json.loads(text))
+        """The policy that ``to_json`` wrote.
+
+        Raises:
+            ValueError: It is not one; a name that is not known could have been meant as a restriction.
+        """
+        data = json.loads(text)
+        unknown = sorted(set(data) - set(_POLICY_TRAITS)) if isinstance(data, dict) else ["no object"]
+        if unknown:
+            raise ValueError(f"{ENV_LM_POLICY} holds {', '.join(unknown)}: there are {', '.join(_POLICY_TRAITS)}")
+        return cls(**data)
+
+    def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
+        """Called by traitlets with the configuration. It only warns of a name it does not know."""
+        known = set(self.trait_names(config=True))
+        unknown = [name for name in self._find_my_config(cfg) if name not in known and not name[0].isupper()]
+        if unknown:
+            raise TraitError(
+                f"LMPolicy has no {', '.join(unknown)}: there are {', '.join(_POLICY_TRAITS)}; a policy that is "
+                "misspelt would allow everything"
+            )
+        super()._load_config(cfg, section_names, traits)
 
 
 _POLICY_TRAITS = ("unrestricted", "allowed_models", "allowed_hosts", "allowed_keys")

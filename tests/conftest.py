@@ -53,7 +53,7 @@ def _set_environment() -> None:
 _set_environment()
 
 # These read the environment when they are imported.
-from tests.lm_server import LMServer  # noqa: E402
+from tests.lm_server import LMServer  # noqa: E402  # see above
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from traitlets import TraitError
+from traitlets.config import Config
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy, host_of
@@ -16,6 +18,14 @@ def _policy(**traits: object) -> LMPolicy:
 
 def _check(policy: LMPolicy, **named: object) -> None:
     policy.check(**{"model": MODEL, "api_base": None, "api_key_env": None, "has_key": True, **named})  # type: ignore[arg-type]  # a test's
+
+
+def test_a_policy_that_is_misspelt_is_refused_wherever_it_comes_from() -> None:
+    with pytest.raises(ValueError, match="unrestrictd"):
+        LMPolicy.from_json('{"unrestrictd": false}')
+    with pytest.raises(TraitError, match="unrestrictd"):
+        LMPolicy(config=Config({"LMPolicy": {"unrestrictd": False}}))
+    assert not LMPolicy(config=Config({"LMPolicy": {"unrestricted": False}})).unrestricted
 
 
 @pytest.mark.parametrize(

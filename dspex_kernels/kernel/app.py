@@ -61,7 +61,7 @@ class DSPexKernelApp(IPKernelApp):
         self.dispatcher = Dispatcher(
             self._identity(), open_namespace=self._open_namespace, thread=thread, programs=self.programs
         )
-        gate.install(thread.loop)
+        gate.install(thread.loop, self.policy)
         history.install()
         cache.install()
         # The first thread that configures owns DSPy's settings: it must be the one where cells run.

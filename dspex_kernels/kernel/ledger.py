@@ -10,6 +10,9 @@ from dspex_kernels import errors
 from dspex_kernels.protocol.commands import LMUsage
 from dspex_kernels.protocol.records import Budget, Spent
 
+MAX_TOKENS = 10**12
+"""A count of tokens that a provider may report; more is nonsense."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -193,4 +196,6 @@ class Ledger:
 
 def _count(usage: dict[str, Any], key: str) -> int:
     value = usage.get(key)
-    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < MAX_TOKENS:
+        return 0  # a provider's nonsense must not lower what was spent, nor stop the count
+    return int(value)

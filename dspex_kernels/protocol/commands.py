@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from dspex_kernels import errors
-from dspex_kernels.protocol.messages import first_problem
+from dspex_kernels.protocol.messages import AS_OBJECT, AS_TEXT, first_problem
 from dspex_kernels.protocol.names import ProgramId, RequestId
 from dspex_kernels.protocol.records import (
     AdapterName,
@@ -46,7 +46,7 @@ class Result(BaseModel):
 
 def _text_or_object(value: Any) -> str:
     # Chosen by shape, so that a finding names the field within the object and not each form in turn.
-    return "text" if isinstance(value, str) else "object"
+    return AS_TEXT if isinstance(value, str) else AS_OBJECT
 
 
 class NoArgs(Args):
@@ -57,7 +57,7 @@ class CreateProgramArgs(Args):
     program_id: ProgramId = Field(validation_alias=AliasChoices("program_id", "id"))
     signature: (
         Annotated[
-            Annotated[str, Tag("text")] | Annotated[SignatureSpec, Tag("object")], Discriminator(_text_or_object)
+            Annotated[str, Tag(AS_TEXT)] | Annotated[SignatureSpec, Tag(AS_OBJECT)], Discriminator(_text_or_object)
         ]
         | None
     ) = Field(None, description='"question -> answer", or fields as data; null where the module brings its own.')
@@ -109,7 +109,7 @@ class ProgramSummary(Result):
     signature: str
     inputs: dict[str, str] = Field(description="Input fields with their types.")
     outputs: dict[str, str]
-    instructions: str | None
+    instructions: str | None = Field(description="Null in a list of programs.")
     tools: list[str]
     adapter: str | None
     portable: bool
@@ -156,7 +156,7 @@ class LMProfileArgs(Args):
     max_retries: int = Field(3, ge=0, le=20)
     cache: bool = True
     json_fallback: bool = True
-    params: dict[str, Any] = Field(default_factory=dict)
+    params: dict[str, Any] = Field(default_factory=dict, description="Sampling parameters only.")
     offline: OfflineOptions | None = None
 
     def profile(self) -> LMProfile:
@@ -169,7 +169,7 @@ class ConfigureArgs(Args):
 
     lm: (
         Annotated[
-            Annotated[str, Tag("text")] | Annotated[LMProfileArgs, Tag("object")], Discriminator(_text_or_object)
+            Annotated[str, Tag(AS_TEXT)] | Annotated[LMProfileArgs, Tag(AS_OBJECT)], Discriminator(_text_or_object)
         ]
         | None
     ) = Field(None, description='A model string ("openai/gpt-5-mini") or a profile.')

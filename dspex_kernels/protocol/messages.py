@@ -12,6 +12,9 @@ from dspex_kernels import errors
 from dspex_kernels.protocol import PROTOCOL_VERSION, limits
 from dspex_kernels.protocol.names import RequestId, SessionId
 
+AS_TEXT, AS_OBJECT = "(as text)", "(as object)"
+"""Tags of what may be given as a text or as an object; a finding leaves them out: they are no fields."""
+
 REQUEST = "dspex_request"
 REPLY = "dspex_reply"
 EVENT = "dspex_event"
@@ -180,7 +183,8 @@ def _depth(value: Any, limit: int, what: str) -> int:
 def first_problem(failure: ValidationError) -> str:
     """The first finding of a validation in one line: the field, and what is wrong with it."""
     problem = failure.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])[:200] or "the content"  # keys are the sender's
+    parts = [str(part) for part in problem["loc"] if part not in (AS_TEXT, AS_OBJECT)]
+    where = ".".join(parts)[:200] or "the content"  # keys are the sender's
     return f"{where}: {cut(problem['msg'])}"
 
 

@@ -252,7 +252,7 @@ class DedicatedBackend(SessionBackend):
         elif isinstance(failure, (TimeoutError, errors.CommandTimeout)):
             why = f"it did not answer within {timeout:g} s (SessionService.kernel_start_timeout)"
         elif isinstance(failure, NoSuchKernel):
-            why = "there is no such kernelspec: `dspex-kernels install` writes it, `jupyter kernelspec list` shows all"
+            why = "no such kernelspec: `dspex-kernels install` writes ours, `jupyter kernelspec list` shows all"
         else:
             why = f"{type(failure).__name__}: {failure}"
         last = f"; its log ends: {tail.splitlines()[-1]}" if tail else ""

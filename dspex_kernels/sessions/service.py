@@ -110,8 +110,8 @@ class SessionService(LoggingConfigurable):
             await asyncio.to_thread(self._sessions_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
         except OSError as failure:
             raise errors.StoreError(
-                f"cannot make the sessions' directory {self._sessions_dir}: {failure.strerror}; make it writable, or "
-                "set SessionService.data_dir"
+                f"cannot make the sessions' directory {self._sessions_dir}: {failure.strerror}; make it writable, "
+                "or set SessionService.data_dir"
             ) from failure
         try:
             await self._store.open()

@@ -52,6 +52,15 @@ def test_a_refused_request_reserves_nothing() -> None:
     assert ledger.reserved() == Spent()
 
 
+@pytest.mark.parametrize("reported", [-1000, float("inf"), float("nan"), 10**30, "many", True])
+def test_a_providers_nonsense_lowers_no_count_and_ends_none(reported: object) -> None:
+    ledger = _ledger(tokens=100)
+    ledger.settle(ledger.reserve(Estimate(10, None)), "m", USAGE, None)
+    ledger.settle(ledger.reserve(Estimate(10, None)), "m", {"total_tokens": reported}, None)
+    assert 10 <= ledger.spent().tokens <= 20
+    assert ledger.by_model()["m"].total_tokens == 10
+
+
 def test_one_answer_without_a_price_does_not_forget_the_dollars_before_it() -> None:
     ledger = _ledger(usd=1.0)
     ledger.settle(ledger.reserve(Estimate(10, 0.1)), "m", USAGE, 0.9)

@@ -39,17 +39,17 @@ class KernelSuite(jupyter_kernel_test.KernelTests):
     code_hello_world = "print('hello, world')"
     code_stderr = "import sys; print('test', file=sys.stderr)"
     completion_samples = COMPLETIONS
-    complete_code_samples = ["1", "print('hello, world')", "def f(x):\n  return x*2\n\n\n"]  # noqa: RUF012
-    incomplete_code_samples = ["print('''hello", "def f(x):\n  x*2"]  # noqa: RUF012
-    invalid_code_samples = ["import = 7q", "1 1 1"]  # noqa: RUF012
+    complete_code_samples = ["1", "print('hello, world')", "def f(x):\n  return x*2\n\n\n"]  # noqa: RUF012  # the suite's own form
+    incomplete_code_samples = ["print('''hello", "def f(x):\n  x*2"]  # noqa: RUF012  # the suite's own form
+    invalid_code_samples = ["import = 7q", "1 1 1"]  # noqa: RUF012  # the suite's own form
     code_page_something = "zip?"
     code_generate_error = "raise ValueError('as asked')"
-    code_execute_result = [  # noqa: RUF012
+    code_execute_result = [  # noqa: RUF012  # the suite's own form
         {"code": "1+2+3", "result": "6"},
         {"code": "[n*n for n in range(1, 4)]", "result": "[1, 4, 9]"},
         {"code": "from IPython.display import HTML; HTML('<b>6</b>')", "mime": "text/html"},
     ]
-    code_display_data = [  # noqa: RUF012
+    code_display_data = [  # noqa: RUF012  # the suite's own form
         {"code": "from IPython.display import HTML, display; display(HTML('<b>6</b>'))", "mime": "text/html"},
         {
             "code": "from IPython.display import Math, display; display(Math('\\\\frac{1}{2}'))",

@@ -73,10 +73,10 @@ def test_a_program_id_that_is_none_is_refused(program_id: object) -> None:
 @pytest.mark.parametrize(
     ("args", "field"),
     [
-        ({"signature": {"inputs": [], "outputs": [{"name": "a"}]}}, r"signature\.object\.inputs"),
+        ({"signature": {"inputs": [], "outputs": [{"name": "a"}]}}, r"signature\.inputs"),
         (
             {"signature": {"inputs": [{"nam": "q"}], "outputs": [{"name": "a"}]}},
-            r"signature\.object\.inputs\.0\.name",
+            r"signature\.inputs\.0\.name",
         ),
         ({"signature": "q -> a", "tools": ["t"] * 201}, "tools"),
         ({"signature": "q -> a", "adapter": "yaml"}, "adapter"),

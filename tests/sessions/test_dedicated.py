@@ -178,6 +178,7 @@ class TestStartsThatFail:
             failure = await open_failing("dspex-no-such-kernel", tmp_path)
             assert isinstance(failure, errors.KernelStartFailed)
             assert "dspex-no-such-kernel" in failure.message
+            assert "dspex-kernels install" in failure.message
 
         run(work())
 

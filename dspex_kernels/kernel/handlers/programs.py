@@ -65,7 +65,11 @@ async def add_module(call: Call, program_id: str, module: dspy.Module) -> Create
 async def list_programs(_dispatcher: Dispatcher, call: Call, _args: NoArgs) -> ListProgramsResult:
     """The latest version of each program, by id."""
     namespace = call.namespace
-    summaries = [_summary(namespace, program_id, None) for program_id in sorted(namespace.contents.programs)]
+    # Without their instructions, which may be long: a thousand of them pass the limit of a result.
+    summaries = [
+        _summary(namespace, program_id, None).model_copy(update={"instructions": None})
+        for program_id in sorted(namespace.contents.programs)
+    ]
     return ListProgramsResult(programs=summaries, count=len(summaries))
 
 

@@ -23,7 +23,6 @@ import concurrent.futures
 import hashlib
 import json
 import logging
-import os
 import random
 import secrets
 import threading
@@ -45,7 +44,7 @@ from dspy.clients.errors import wrap_error
 from dspy.clients.model_metadata import apreload, model_info, rate
 
 from dspex_kernels import errors
-from dspex_kernels.config import ENV_LM_POLICY, LMPolicy
+from dspex_kernels.config import LMPolicy
 from dspex_kernels.errors import CallStopped
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.ledger import Estimate
@@ -89,11 +88,12 @@ class _Sender(threading.Thread):
         self.loop.run_forever()
 
 
-def install(loop: asyncio.AbstractEventLoop) -> None:
+def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy) -> None:
     """Put the gate into DSPy. Called once, at the kernel's start.
 
     Args:
         loop: The command loop: a synchronous request made on it holds up every command, which is logged.
+        policy: What an LM may name, whoever built it.
 
     Raises:
         DependencyMissing: This DSPy has no such seams.
@@ -104,7 +104,6 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
             f"dspy {dspy.__version__} has no place for the LM gate: install dspy >=3.4.1,<3.5"
         )
     select, key = execution._engine, execution.PreparedCall.key
-    policy = LMPolicy.from_json(os.environ.get(ENV_LM_POLICY) or "{}")
     sender = _Sender()
     sender.start()
 

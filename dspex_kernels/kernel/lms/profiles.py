@@ -10,22 +10,23 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 import dspy
+from pydantic import ValidationError
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.lms.gate import Connections
 from dspex_kernels.kernel.offline.engines import offline_engines
+from dspex_kernels.protocol.messages import first_problem
 from dspex_kernels.protocol.records import AdapterName, LMProfile, OfflineOptions
+from dspex_kernels.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 PARAMS = frozenset(
     {
-        "chat_template_kwargs", "enable_thinking", "frequency_penalty", "logit_bias", "logprobs",
-        "max_completion_tokens", "max_tokens", "min_p", "modalities", "n", "parallel_tool_calls", "prediction",
-        "presence_penalty", "prompt_cache_key", "reasoning", "reasoning_effort", "repetition_penalty",
-        "response_format", "safety_identifier", "seed", "service_tier", "stop", "store", "temperature", "thinking",
-        "top_k", "top_logprobs", "top_p", "use_developer_role", "user", "verbosity",
+        *Sampling.model_fields, "chat_template_kwargs", "enable_thinking", "modalities", "parallel_tool_calls",
+        "prediction", "prompt_cache_key", "reasoning", "response_format", "safety_identifier", "service_tier",
+        "store", "thinking", "use_developer_role", "user",
     }
 )  # fmt: skip
 """What ``params`` may hold. What is not known stays out: LiteLLM takes hosts, keys, prices and whole fallback
@@ -155,6 +156,10 @@ def build_lm(
             f"{', '.join(sorted(PARAMS))}",
             details={"params": refused},
         )
+    try:
+        Sampling.model_validate({k: v for k, v in profile.params.items() if k in Sampling.model_fields})
+    except ValidationError as failure:
+        raise errors.InvalidLMProfile(f"params: {first_problem(failure)}") from None  # it would carry the values
     if profile.offline is not None and not profile.is_offline:
         raise errors.InvalidLMProfile(f"offline options need an offline model, not {profile.model!r}")
     try:

@@ -502,7 +502,7 @@ def dispatch(asker: Asker, line: str, cell: str | None, names: Mapping[str, Any]
         return VERBS[name].act(Call(asker, options, Scope(names), cell))
     except errors.DSPexError as failure:
         # IPython asks the exception itself how to show it: as one line, the frames are ours and tell nothing.
-        failure._render_traceback_ = functools.partial(rendered, failure)  # type: ignore[attr-defined]
+        failure._render_traceback_ = functools.partial(rendered, failure)  # type: ignore[attr-defined]  # IPython's hook
         raise
 
 

@@ -185,7 +185,7 @@ class Scope:
             return match.group()
         try:
             # The notebook's owner typed it into a cell of that notebook, where all is executed.
-            return str(eval((match.group(2) or name).strip(), {}, dict(self.names)))  # noqa: S307
+            return str(eval((match.group(2) or name).strip(), {}, dict(self.names)))  # noqa: S307  # the notebook's own words
         except Exception as failure:  # noqa: BLE001  # the user's own code: as in IPython, the text then stays
             log.debug("kept the text of a word: its expression raised %s", type(failure).__name__)
             return match.group()
@@ -257,7 +257,7 @@ def _yaml(cell: str, *, what: str) -> tuple[Any, Any]:
 
     try:
         # Both loaders are safe ones: they build plain data only.
-        return yaml.load(cell, _scalar_loader()), yaml.load(cell, yaml.BaseLoader)  # noqa: S506
+        return yaml.load(cell, _scalar_loader()), yaml.load(cell, yaml.BaseLoader)  # noqa: S506  # both make plain data only
     except (yaml.YAMLError, ValueError, RecursionError) as failure:
         mark = getattr(failure, "problem_mark", None)
         where = f" (line {mark.line + 1}: {getattr(failure, 'problem', '')})" if mark else ""

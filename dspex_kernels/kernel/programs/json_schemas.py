@@ -257,8 +257,8 @@ class SchemaReader:
         if schema.get("uniqueItems"):
             if item is not Any and not _is_hashable(item):
                 self._refuse(f"has uniqueItems at {pointer}, which only arrays of plain values can have.")
-            return self._bounded(set[item], "array", schema, pointer)  # type: ignore[valid-type]
-        return self._bounded(list if item is Any else list[item], "array", schema, pointer)  # type: ignore[valid-type]
+            return self._bounded(set[item], "array", schema, pointer)  # type: ignore[valid-type]  # made at run time
+        return self._bounded(list if item is Any else list[item], "array", schema, pointer)  # type: ignore[valid-type]  # made at run time
 
     def _tuple(self, schema: dict[str, Any], name: str, depth: int, pointer: str) -> Any:
         word = "prefixItems" if "prefixItems" in schema else "items"
@@ -274,7 +274,7 @@ class SchemaReader:
             self._read(part, f"{name}_item_{index}", depth + 1, f"{pointer}/{word}/{index - 1}")
             for index, part in enumerate(parts, start=1)
         )
-        return tuple[members]  # type: ignore[valid-type]
+        return tuple[members]  # type: ignore[valid-type]  # made at run time
 
     def _object(self, schema: dict[str, Any], name: str, depth: int, pointer: str) -> Any:
         properties = schema.get("properties", {})
@@ -285,7 +285,7 @@ class SchemaReader:
             if schema.get("required"):
                 self._refuse(f"has required without properties at {pointer}; describe them under properties.")
             value = self._read(more, f"{name}_value", depth + 1, f"{pointer}/additionalProperties")
-            return self._bounded(dict[str, value], "object", schema, pointer)  # type: ignore[valid-type]
+            return self._bounded(dict[str, value], "object", schema, pointer)  # type: ignore[valid-type]  # made at run time
         for bound in _BOUNDS["object"]:
             if bound in schema:
                 self._refuse(f"has {bound} beside properties at {pointer}; use required instead.")

@@ -22,8 +22,9 @@ from dspex_kernels import errors
 from dspex_kernels.kernel.programs.rewards import FieldReward, Reward, RewardSpec, build_reward, reward_source
 from dspex_kernels.kernel.programs.signatures import FILTERS, build_signature, signature_spec
 from dspex_kernels.kernel.programs.tools import MODULES, SessionTool, Toolbox
-from dspex_kernels.protocol.messages import first_problem
+from dspex_kernels.protocol.messages import AS_OBJECT, AS_TEXT, first_problem
 from dspex_kernels.protocol.records import ProgramSpec, SignatureSpec, ToolReference
+from dspex_kernels.protocol.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class _Arguments(BaseModel):
 
 
 def _by_shape(value: Any) -> str:
-    return "text" if isinstance(value, str) else "object"
+    return AS_TEXT if isinstance(value, str) else AS_OBJECT
 
 
 class NoArguments(_Arguments):
@@ -67,13 +68,13 @@ class NestedModule(_Arguments):
 
     module: str = Field("Predict", max_length=128)
     signature: (
-        Annotated[Annotated[str, Tag("text")] | Annotated[SignatureSpec, Tag("object")], Discriminator(_by_shape)]
+        Annotated[Annotated[str, Tag(AS_TEXT)] | Annotated[SignatureSpec, Tag(AS_OBJECT)], Discriminator(_by_shape)]
         | None
     ) = None
     module_args: dict[str, Any] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)
     tools: list[
-        Annotated[Annotated[str, Tag("text")] | Annotated[ToolReference, Tag("object")], Discriminator(_by_shape)]
+        Annotated[Annotated[str, Tag(AS_TEXT)] | Annotated[ToolReference, Tag(AS_OBJECT)], Discriminator(_by_shape)]
     ] = Field(default_factory=list, max_length=200)
 
 
@@ -86,30 +87,6 @@ class AttemptsArguments(_Arguments):
     threshold: float = Field(1.0, allow_inf_nan=False)
     # DSPy takes 0 for "not given" and would allow N failures.
     fail_count: int | None = Field(None, ge=1, le=100, description="Failures allowed; null is N.")
-
-
-class _Sampling(_Arguments):
-    """Sampling parameters that a program or a call may set."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    temperature: float | None = Field(None, ge=0, le=10)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1, le=100)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, le=1)
-    stop: str | list[str] | None = Field(None, max_length=1000)
-    seed: int | None = None
-    presence_penalty: float | None = Field(None, ge=-10, le=10)
-    frequency_penalty: float | None = Field(None, ge=-10, le=10)
-    repetition_penalty: float | None = Field(None, ge=0, le=10)
-    logprobs: bool | int | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=100)
-    logit_bias: dict[str, float] | None = None
-    reasoning_effort: str | None = Field(None, max_length=32)
-    verbosity: str | None = Field(None, max_length=32)
 
 
 class Built(NamedTuple):
@@ -148,14 +125,14 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidArguments: Something else is in it, or a value does not fit; the message names it.
     """
-    if unknown := sorted(str(name)[:64] for name in config if name not in _Sampling.model_fields):
+    if unknown := sorted(str(name)[:64] for name in config if name not in Sampling.model_fields):
         raise errors.InvalidArguments(
-            f"config may not hold {', '.join(unknown[:20])}: it takes {', '.join(sorted(_Sampling.model_fields))}; "
+            f"config may not hold {', '.join(unknown[:20])}: it takes {', '.join(sorted(Sampling.model_fields))}; "
             "the model, its endpoint and key are the session's (configure)",
             details={"config": unknown[:20]},
         )
     try:
-        _Sampling.model_validate(dict(config))
+        Sampling.model_validate(dict(config))
     except ValidationError as failure:
         raise errors.InvalidArguments(f"config: {first_problem(failure)}") from None  # it would carry the values
     return {name: value for name, value in config.items() if value is not None}

@@ -178,11 +178,11 @@ class _TypeParser:
             self._refuse(f"gives {name} {len(given)} arguments; it takes {wanted or 'at least one'}.")
         match name:
             case "list":
-                return list[given[0]]  # type: ignore[valid-type]
+                return list[given[0]]  # type: ignore[valid-type]  # made at run time
             case "set":
-                return set[given[0]]  # type: ignore[valid-type]
+                return set[given[0]]  # type: ignore[valid-type]  # made at run time
             case "dict":
-                return dict[given[0], given[1]]  # type: ignore[valid-type]
+                return dict[given[0], given[1]]  # type: ignore[valid-type]  # made at run time
             case "Optional":
                 return _union([*given, types.NoneType])
         return _union(given)
@@ -193,7 +193,7 @@ class _TypeParser:
                 return tuple.__class_getitem__((self.annotation(one, depth + 1), ...))
             case []:
                 return self._refuse("says tuple[()]; name the types of its items, or write tuple.")
-        return tuple[tuple(self.annotation(argument, depth + 1) for argument in arguments)]  # type: ignore[misc]
+        return tuple[tuple(self.annotation(argument, depth + 1) for argument in arguments)]  # type: ignore[misc]  # made at run time
 
     def _constant(self, node: ast.expr) -> str | int | bool | None:
         match node:

@@ -10,6 +10,7 @@ import pytest
 from dspy.clients import execution
 
 from dspex_kernels import errors
+from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.lms import gate
 
 
@@ -23,7 +24,7 @@ def test_a_dspy_without_the_seams_is_refused_by_its_version(
     loop = asyncio.new_event_loop()
     try:
         with pytest.raises(errors.DependencyMissing, match=dspy.__version__):
-            gate.install(loop)
+            gate.install(loop, LMPolicy())
     finally:
         loop.close()
 

@@ -61,6 +61,12 @@ def test_parameters_hold_sampling_and_nothing_else(name: str) -> None:
         _build(api_key=KEY, params={name: "x"})
 
 
+@pytest.mark.parametrize("params", [{"top_p": "x"}, {"temperature": True}, {"n": 0}, {"seed": 1.5}])
+def test_a_sampling_parameter_that_does_not_fit_is_refused_when_it_is_configured(params: dict[str, object]) -> None:
+    with pytest.raises(errors.InvalidLMProfile, match=next(iter(params))):
+        _build(api_key=KEY, params=params)
+
+
 def test_sampling_parameters_reach_the_lm() -> None:
     lm = _build(api_key=KEY, params={"top_p": 0.5, "seed": 7})
     assert (lm.kwargs["top_p"], lm.kwargs["seed"], lm.num_retries) == (0.5, 7, 0)

@@ -329,7 +329,7 @@ def test_a_notebooks_module_is_not_portable_and_says_how_to_bring_it_back(toolbo
 
 def test_only_modules_can_be_taken_in() -> None:
     with pytest.raises(errors.InvalidModule, match=r"'f' is a function, not a dspy\.Module"):
-        LiveProgram.from_module("f", look_up, 1, CREATED)  # type: ignore[arg-type]
+        LiveProgram.from_module("f", look_up, 1, CREATED)  # type: ignore[arg-type]  # the mistake
 
 
 def test_a_program_with_a_notebooks_tool_says_how_to_bring_it_back(toolbox: Toolbox) -> None:

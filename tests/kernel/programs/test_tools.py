@@ -192,7 +192,7 @@ def test_a_name_that_a_tool_cannot_have_is_refused(name: str, toolbox: Toolbox) 
     with pytest.raises(errors.InvalidArguments, match="cannot be a tool's name"):
         toolbox.add(lambda a: a)
     with pytest.raises(errors.InvalidArguments, match="not int"):
-        toolbox.add(7, name="seven")  # type: ignore[arg-type]
+        toolbox.add(7, name="seven")  # type: ignore[arg-type]  # the mistake
 
 
 def test_a_sync_tool_in_react_leaves_the_event_loop_free(toolbox: Toolbox) -> None:

@@ -43,9 +43,9 @@ PERSON = {
         ("List[int]", list[int]),
         ("typing.Dict[str, Any]", dict[str, Any]),
         ("Literal['a,b', '->', -1, True, None]", Literal["a,b", "->", -1, True, None]),
-        ("Optional[int]", Optional[int]),  # noqa: UP045
-        ("Union[int, str]", Union[int, str]),  # noqa: UP007
-        ("int | str | None", Union[int, str, None]),  # noqa: UP007
+        ("Optional[int]", Optional[int]),  # noqa: UP045  # what is tested
+        ("Union[int, str]", Union[int, str]),  # noqa: UP007  # what is tested
+        ("int | str | None", Union[int, str, None]),  # noqa: UP007  # what is tested
         ("None", type(None)),
         ("Any", Any),
         ("date", datetime.date),
@@ -101,7 +101,7 @@ def test_a_type_is_bounded_in_depth_and_length(text):
 
 
 def test_a_long_union_is_not_a_deep_one():
-    assert parse_type(" | ".join(["int", "str", "None"] * 60), field="x") == Union[int, str, None]  # noqa: UP007
+    assert parse_type(" | ".join(["int", "str", "None"] * 60), field="x") == Union[int, str, None]  # noqa: UP007  # what is tested
 
 
 def test_an_object_of_a_json_schema_becomes_a_model_that_validates():
@@ -229,7 +229,7 @@ def test_a_type_is_told_in_short():
     assert type_text(FieldSpec(name="a", type="list[str]")) == "list[str]"
     assert type_text(FieldSpec(name="a", type=PERSON)) == "Person"
     assert type_text(FieldSpec(name="a", type={"type": "object", "properties": {"a": {}}})) == "object"
-    assert type_text(dict[str, Optional[int]]) == "dict[str, int | None]"  # noqa: UP045
+    assert type_text(dict[str, Optional[int]]) == "dict[str, int | None]"  # noqa: UP045  # what is tested
     assert type_text(tuple[int, ...]) == "tuple[int, ...]"
     assert type_text(annotation_of(FieldSpec(name="a", type={"type": "integer", "minimum": 1}))) == "int"
 
