@@ -14,7 +14,7 @@ import dspy
 from dspy.dsp.utils.settings import main_thread_config
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_core.paths import jupyter_data_dir
-from traitlets import TraitError
+from traitlets import Float, TraitError
 from traitlets.config import catch_config_error
 
 from dspex_kernels import config, errors
@@ -41,6 +41,14 @@ class DSPexKernelApp(IPKernelApp):
     """
 
     name = "dspex-kernel"
+
+    heartbeat = Float(
+        10.0,
+        min=0.01,
+        help="Seconds of silence after which a running command reports that it lives: a third of a culler's "
+        "timeout, at most.",
+    ).tag(config=True)
+
     kernel_class = DSPexKernel
 
     @catch_config_error
@@ -59,7 +67,11 @@ class DSPexKernelApp(IPKernelApp):
         thread = CommandThread()
         self.policy = self._policy()
         self.dispatcher = Dispatcher(
-            self._identity(), open_namespace=self._open_namespace, thread=thread, programs=self.programs
+            self._identity(),
+            open_namespace=self._open_namespace,
+            thread=thread,
+            programs=self.programs,
+            heartbeat=self.heartbeat,
         )
         gate.install(thread.loop, self.policy)
         history.install()

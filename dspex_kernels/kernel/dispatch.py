@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 MAX_THREADS = 64
 """Threads for programs without an async path, of all sessions of this kernel."""
-HEARTBEAT = 10.0
-"""Seconds of silence after which a running command reports that it lives."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +136,7 @@ class Dispatcher:
             or under the dispatcher's lock, so it must be quick.
         thread: Where commands run; started by ``start``.
         programs: The executor for programs without an async path.
+        heartbeat: Seconds of silence after which a running command reports that it lives.
     """
 
     def __init__(
@@ -147,11 +146,13 @@ class Dispatcher:
         open_namespace: Callable[[str], Namespace],
         thread: CommandThread,
         programs: ThreadPoolExecutor,
+        heartbeat: float,
     ) -> None:
         self.identity = identity
         self.thread = thread
         self.loop = thread.loop
         self.programs = programs
+        self.heartbeat = heartbeat
         self.started_at = time.monotonic()
         self._open_namespace = open_namespace
         # Guards the three below; submit comes from the shell, control and main threads.
@@ -160,7 +161,7 @@ class Dispatcher:
         self._namespaces: dict[str, Namespace] = {}
         self._running: dict[tuple[str, str], Call] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heartbeat: asyncio.TimerHandle | None = None
+        self._next_beat: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to take commands."""
@@ -270,8 +271,8 @@ class Dispatcher:
     # Below: on the command loop.
 
     async def _close(self, reason: errors.DSPexError) -> None:
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
+        if self._next_beat is not None:
+            self._next_beat.cancel()
         for call in list(self._running.values()):
             call.stop(reason)
         if self._tasks:
@@ -380,9 +381,9 @@ class Dispatcher:
     def _beat(self) -> None:
         now = time.monotonic()
         for call in list(self._running.values()):
-            if now - call.last_event_at >= HEARTBEAT:
+            if now - call.last_event_at >= self.heartbeat:
                 call.emit("heartbeat")
-        self._heartbeat = self.loop.call_later(HEARTBEAT / 4, self._beat)
+        self._next_beat = self.loop.call_later(self.heartbeat / 4, self._beat)
 
 
 def _without_stop_iteration(work: Callable[[], Any]) -> Any:

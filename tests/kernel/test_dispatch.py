@@ -32,7 +32,11 @@ class Workbench:
         self.thread = CommandThread()
         self._namespace = namespace
         self.dispatcher = dispatcher(
-            Identity("kernel", SESSION), open_namespace=self._open, thread=self.thread, programs=self.programs
+            Identity("kernel", SESSION),
+            open_namespace=self._open,
+            thread=self.thread,
+            programs=self.programs,
+            heartbeat=10.0,
         )
         self.answers: dict[str, list[dict[str, Any]]] = {}
 
