@@ -42,7 +42,7 @@ class DSPexKernelApp(IPKernelApp):
 
     name = "dspex-kernel"
 
-    heartbeat = Float(
+    heartbeat_interval = Float(
         10.0,
         min=0.01,
         help="Seconds of silence after which a running command reports that it lives: a third of a culler's "
@@ -71,7 +71,7 @@ class DSPexKernelApp(IPKernelApp):
             open_namespace=self._open_namespace,
             thread=thread,
             programs=self.programs,
-            heartbeat=self.heartbeat,
+            heartbeat_interval=self.heartbeat_interval,
         )
         gate.install(thread.loop, self.policy)
         history.install()

@@ -136,7 +136,7 @@ class Dispatcher:
             or under the dispatcher's lock, so it must be quick.
         thread: Where commands run; started by ``start``.
         programs: The executor for programs without an async path.
-        heartbeat: Seconds of silence after which a running command reports that it lives.
+        heartbeat_interval: Seconds of silence after which a running command reports that it lives.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class Dispatcher:
         open_namespace: Callable[[str], Namespace],
         thread: CommandThread,
         programs: ThreadPoolExecutor,
-        heartbeat: float,
+        heartbeat_interval: float,
     ) -> None:
         self.identity = identity
         self.thread = thread
         self.loop = thread.loop
         self.programs = programs
-        self.heartbeat = heartbeat
+        self.heartbeat_interval = heartbeat_interval
         self.started_at = time.monotonic()
         self._open_namespace = open_namespace
         # Guards the three below; submit comes from the shell, control and main threads.
@@ -381,9 +381,9 @@ class Dispatcher:
     def _beat(self) -> None:
         now = time.monotonic()
         for call in list(self._running.values()):
-            if now - call.last_event_at >= self.heartbeat:
+            if now - call.last_event_at >= self.heartbeat_interval:
                 call.emit("heartbeat")
-        self._next_beat = self.loop.call_later(self.heartbeat / 4, self._beat)
+        self._next_beat = self.loop.call_later(self.heartbeat_interval / 4, self._beat)
 
 
 def _without_stop_iteration(work: Callable[[], Any]) -> Any:

@@ -36,7 +36,7 @@ class Workbench:
             open_namespace=self._open,
             thread=self.thread,
             programs=self.programs,
-            heartbeat=10.0,
+            heartbeat_interval=10.0,
         )
         self.answers: dict[str, list[dict[str, Any]]] = {}
 

@@ -50,7 +50,7 @@ def test_a_subshell_runs_beside_a_cell_and_a_command(offline: LiveKernel) -> Non
 
 @pytest.mark.parametrize("kind", ["command", "blocking module"])
 def test_silent_long_work_reports_that_it_goes_on(kind: str) -> None:
-    with LiveKernel(arguments=["--DSPexKernelApp.heartbeat=0.2"]) as kernel:
+    with LiveKernel(arguments=["--DSPexKernelApp.heartbeat_interval=0.2"]) as kernel:
         if kind == "command":
             _slow_program(kernel, 2.0)
         else:
