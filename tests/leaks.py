@@ -26,6 +26,12 @@ RUN_VARIABLE = "DSPEX_TEST_RUN"
 SETTLE_S = 5.0
 """How long something may take to go away after its test, in seconds."""
 
+EXEC_S = 0.2
+"""How long a process may be busy executing another program, in seconds: then its environment is truly empty."""
+
+KTHREADD = 2
+"""The parent of the system's own threads, which have no environment."""
+
 ALLOWED_THREADS = {
     r"^TMonitor ": "tqdm starts one per process when a bar is first shown",
 }
@@ -224,10 +230,19 @@ def _ours(pid: int, before: Snapshot) -> psutil.Process | None:
         # A process that made itself non-dumpable hides its environment, but never its command line.
         if str(before.directories.root) in _command(process):
             return process
-        is_ours = process.environ().get(RUN_VARIABLE) == before.run_id
+        is_ours = _environment(process).get(RUN_VARIABLE) == before.run_id
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
     return process if is_ours else None
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    """A process's environment. The system shows none while the process is just executing another program."""
+    if process.ppid() == KTHREADD:
+        return {}
+    with contextlib.suppress(AssertionError):
+        return wait_for(process.environ, deadline=EXEC_S)
+    return {}
 
 
 def _entries(directory: Path, depth: int = 2) -> set[str]:
