@@ -34,6 +34,12 @@ KEY = "sk-of-alice"
 ADAPTERS = {"chat": dspy.ChatAdapter, "json": dspy.JSONAdapter}
 
 
+@pytest.fixture(autouse=True)
+def _keeps_answers_in_memory() -> None:
+    """DSPy's disk cache opens databases in every thread and closes none."""
+    dspy.configure_cache(enable_disk_cache=False)
+
+
 def lm_of(server: LMServer, api_key: str = KEY, **kwargs: Any) -> dspy.LM:
     options = {"cache": False, "num_retries": 0} | kwargs
     return dspy.LM("openai/canary-model", api_base=server.api_base, api_key=api_key, **options)

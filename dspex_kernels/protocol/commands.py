@@ -1,7 +1,7 @@
 """The command table. A row names a command's arguments, result, channel and default deadline.
 
-``COMMANDS[name]`` is the row; a handler of the same name stands in ``dspex_kernels.kernel.handlers``. Nothing else
-lists the commands: dispatch, the clients' methods, the schemas and the docs are read off this table.
+``COMMANDS[name]`` is the row; a handler of the same name stands in ``dspex_kernels.kernel.handlers``. Dispatch, the
+schemas and every client's ``call`` work off this table; tests hold the README and the methods of sessions to it.
 """
 
 from __future__ import annotations

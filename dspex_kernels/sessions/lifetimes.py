@@ -65,7 +65,7 @@ class Lifetimes:
             await self._store.create(live.record)
         except BaseException:
             live.become(SessionStatus.DESTROYED)
-            live.release()
+            live.discard()
             self._registry.leave(live)
             self._registry.free(live)
             raise
@@ -75,19 +75,22 @@ class Lifetimes:
 
         Raises:
             SessionNotReady: Another service uses it; nothing was done.
+            StoreError: The store or the disk refuses: the session stays, or the next ``load`` finishes its end.
         """
         if live.creating is not None:
             await asyncio.wait({live.creating})
         if live.status is SessionStatus.DESTROYED:
             return
         live.claim()
+        # From here on a service that comes back after a crash goes on with it.
+        with contextlib.suppress(errors.SessionNotFound):  # another service destroyed it: less to do
+            await self._store.set_status(live.session_id, SessionStatus.DESTROYED)
+        if self._registry.find(live.session_id) is not live:  # another call was quicker
+            return
         live.become(SessionStatus.DESTROYED)
         self._registry.leave(live)
         live.lm_with_key = None
         try:
-            # From here on a service that comes back after a crash goes on with it.
-            with contextlib.suppress(errors.SessionNotFound):  # another service destroyed it: less to do
-                await self._store.set_status(live.session_id, SessionStatus.DESTROYED)
             await self._places.cancel_opening(live)
             try:
                 await self._places.backend_of(live).close(live.session_id)

@@ -40,7 +40,7 @@ class LiveSession:
     folding: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One reader of the journal at a time, so that its changes reach the store in order."""
     queued: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    """Calls with a ``request_id`` that wait for the place; ``cancel`` resolves them."""
+    """Calls that wait for the place, by ``request_id`` where they have one; ``cancel`` resolves them."""
     lm_with_key: LMProfileArgs | None = None
     """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
     lease: Lease | None = None
@@ -82,6 +82,12 @@ class LiveSession:
         lease, self.lease = self.lease, None
         if lease is not None:
             lease.release()
+
+    def discard(self) -> None:
+        """As ``release``, where there is no such session: what ``claim`` made is removed."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.discard()
 
     def refresh(self, record: SessionRecord) -> None:
         """Know what the store holds now: another service may have changed it."""

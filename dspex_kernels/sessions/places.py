@@ -235,14 +235,24 @@ class Places:
             return
         live.claim()
         try:
-            live.refresh(await self._store.get(live.session_id))
-        except BaseException as failure:
-            live.release()
-            if isinstance(failure, errors.SessionNotFound):  # the other service destroyed it
-                live.become(SessionStatus.DESTROYED)
-                self._registry.leave(live)
-                self._registry.free(live)
+            record = await self._store.get(live.session_id)
+        except errors.SessionNotFound:
+            self._give_up(live)
             raise
+        except BaseException:
+            live.release()
+            raise
+        if record.status is SessionStatus.DESTROYED:  # and died before its end: the next start finishes that
+            self._give_up(live)
+            raise not_found(live.session_id)
+        live.refresh(record)
+
+    def _give_up(self, live: LiveSession) -> None:
+        """Forget a session that another service has destroyed."""
+        live.discard()
+        live.become(SessionStatus.DESTROYED)
+        self._registry.leave(live)
+        self._registry.free(live)
 
 
 def _after(failure: BaseException) -> tuple[SessionStatus, str]:

@@ -271,6 +271,7 @@ class SessionService(LoggingConfigurable):
         Raises:
             SessionNotFound: There is none of that id.
             SessionNotReady: Another service on the same store uses it.
+            StoreError: The store or the disk refuses; the session stays, or the next start finishes its end.
         """
         await self._tasks.finish(self._lifetimes.end(self._get_live(session_id)))
 

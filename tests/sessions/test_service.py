@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import sqlite3
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,20 @@ class TestOpening:
 
         run(work())
 
+    def test_a_session_that_the_store_refuses_leaves_nothing(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+                    database.execute("ALTER TABLE dspex_sessions RENAME TO away")
+                    with pytest.raises(errors.StoreError, match="no such table"):
+                        await service.create_session(session_id="s")
+                    database.execute("ALTER TABLE away RENAME TO dspex_sessions")
+                assert await service.list_sessions() == []
+                assert list((tmp_path / "sessions").iterdir()) == []
+                await service.create_session(session_id="s")
+
+        run(work())
+
     def test_a_session_whose_lm_is_refused_is_not_created(self, make):
         async def work() -> None:
             async with make() as service:
@@ -373,7 +389,7 @@ class TestTwoServicesOnOneStore:
 
         run(work())
 
-    def test_a_session_that_the_other_destroyed_is_not_found_any_more(self, make):
+    def test_a_session_that_the_other_destroyed_is_not_found_any_more_and_leaves_nothing(self, make, tmp_path):
         async def work() -> None:
             async with make() as first:
                 theirs = await first.create_session(session_id="s")
@@ -382,7 +398,22 @@ class TestTwoServicesOnOneStore:
                     with pytest.raises(errors.SessionNotFound):
                         await second.call("s", "list_programs")
                     assert await second.list_sessions() == []
+                    assert list((tmp_path / "sessions").iterdir()) == []
                     await second.create_session(session_id="s")
+
+        run(work())
+
+    def test_a_session_that_the_other_died_destroying_is_not_brought_back(self, make):
+        async def work() -> None:
+            async with make() as first:
+                await first.create_session(session_id="s")
+            async with make() as second, SQLStore(second.store_url) as store:
+                await store.set_status("s", SessionStatus.DESTROYED)  # as far as the other came
+                with pytest.raises(errors.SessionNotFound):
+                    await second.get_session("s").create_program("qa", "question -> answer")
+                assert second.memory.opened == []
+            async with make() as third:
+                assert await third.list_sessions() == []
 
         run(work())
 
@@ -499,6 +530,25 @@ class TestWhatOutlivesWhat:
                 await store.set_status("s", SessionStatus.DESTROYED)
             async with make() as service:
                 assert await service.list_sessions() == []
+                assert not (tmp_path / "sessions" / "s").exists()
+
+        run(work())
+
+    def test_a_session_whose_end_the_store_refuses_stays_as_it_is_and_can_be_ended_later(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as database:
+                    database.execute("ALTER TABLE dspex_sessions RENAME TO away")
+                    with pytest.raises(errors.StoreError, match="no such table"):
+                        await session.destroy()
+                    database.execute("ALTER TABLE away RENAME TO dspex_sessions")
+                await session.create_program("qa", "question -> answer")
+                async with make() as other:
+                    with pytest.raises(errors.SessionNotReady, match="in use by another service"):
+                        await other.call("s", "list_programs")
+                await session.destroy()
+                assert service.memory.get_place("s") is None
                 assert not (tmp_path / "sessions" / "s").exists()
 
         run(work())
