@@ -92,7 +92,7 @@ class DSPexKernelApp(IPKernelApp):
             return
         namespace = self.dispatcher.namespace(None)
         main_thread_config[SETTING] = namespace.cells
-        namespace.restore_lm()
+        namespace.restore_settings()
         magics.load(self.shell, self.kernel.asker)
 
     def forget_session(self) -> None:
@@ -150,11 +150,11 @@ class DSPexKernelApp(IPKernelApp):
             return Journal.open(directory)
         try:
             opened = Journal.open(directory)
-            _sweep(directory.parent)
-        except (errors.StoreError, OSError) as refusal:
+        except errors.StoreError as refusal:
             # A notebook without a writable home is still worth a kernel; a service's session is not.
             self.log.warning("programs of this kernel will not survive its restart: %s", refusal)
             return None, SessionContents()
+        _sweep(directory.parent)
         return opened
 
     @staticmethod
@@ -175,5 +175,11 @@ def _sweep(directory: Path) -> None:
     """Remove what notebook kernels that were killed left long ago."""
     oldest = time.time() - MAX_AGE_DAYS * 86400
     for session in directory.iterdir():
-        if session.stat().st_mtime < oldest:
-            shutil.rmtree(session, ignore_errors=True)
+        try:
+            if max(path.stat().st_mtime for path in (session, *session.iterdir())) >= oldest:
+                continue
+            journal, _ = Journal.open(session, lock_timeout=0)
+        except (errors.DSPexError, OSError):
+            continue  # a kernel that is long idle holds it, or another one sweeps it now
+        shutil.rmtree(session, ignore_errors=True)
+        journal.close()

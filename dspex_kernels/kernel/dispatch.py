@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 MAX_THREADS = 64
 """Threads for programs without an async path, of all sessions of this kernel."""
 
+WRITE_SPENT_INTERVAL = 0.5
+"""Seconds between looks at what was spent outside finished commands: by cells, and by commands that still run."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -162,11 +165,12 @@ class Dispatcher:
         self._running: dict[tuple[str, str], Call] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_beat: asyncio.TimerHandle | None = None
+        self._writing_spent: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to take commands."""
         self.thread.start()
-        self.loop.call_soon_threadsafe(self._beat)
+        self.loop.call_soon_threadsafe(self._begin)
 
     def submit(self, ask: Ask) -> Call | None:
         """Take a request in. It is answered through ``ask``, now or later; this never raises.
@@ -270,7 +274,19 @@ class Dispatcher:
 
     # Below: on the command loop.
 
+    def _begin(self) -> None:
+        self._beat()
+        self._writing_spent = self.loop.create_task(self._write_spent())
+
+    async def _write_spent(self) -> None:
+        while True:
+            await asyncio.sleep(WRITE_SPENT_INTERVAL)
+            for namespace in list(self._namespaces.values()):
+                await namespace.write_spent()
+
     async def _close(self, reason: errors.DSPexError) -> None:
+        if self._writing_spent is not None:
+            self._writing_spent.cancel()
         if self._next_beat is not None:
             self._next_beat.cancel()
         for call in list(self._running.values()):
@@ -320,10 +336,8 @@ class Dispatcher:
     async def _run(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
         task = asyncio.current_task()
         assert task is not None
-        ask.began()
-        timer = None
-        if call.deadline is not None:
-            timer = self.loop.call_at(call.deadline, lambda: call.stop(call.timed_out()))
+        assert call.deadline is not None
+        timer = self.loop.call_at(call.deadline, lambda: call.stop(call.timed_out()))
         outcome = "ok"
 
         def abandon() -> None:
@@ -331,21 +345,29 @@ class Dispatcher:
             self._refuse(ask, request, call.namespace, call.stopped)
 
         try:
+            ask.began()
             with call.running_in(task, abandon):
                 result = await handlers.HANDLERS[command.name](self, call, args)
             self._answer(ask, request, call.namespace, result)
         except BaseException as failure:  # noqa: BLE001  # a program's sys.exit() too is its failure only
-            error = explain(failure, call)
-            outcome = error.status
-            self._refuse(ask, request, call.namespace, error)
+            outcome = self._fail(ask, request, call, failure)
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
             with self._lock:
                 self._running.pop((call.namespace.session_id, call.request_id or ""), None)
             call.namespace.outcomes[outcome] += 1
             call.namespace.touch()
             ask.ended()
+
+    def _fail(self, ask: Ask, request: Request, call: Call, failure: BaseException) -> str:
+        try:
+            error = explain(failure, call)
+            self._refuse(ask, request, call.namespace, error)
+        except Exception:  # user code may raise what cannot be told, and is answered all the same
+            log.exception("the failure of %s could not be told", call.command)
+            error = errors.ProgramFailed(f"the program failed: {type(failure).__name__}, which cannot be shown")
+            self._refuse(ask, request, call.namespace, error)
+        return error.status
 
     def _answer(self, ask: Ask, request: Request, namespace: Namespace, result: Any) -> None:
         content = result.model_dump(mode="json")
@@ -379,11 +401,12 @@ class Dispatcher:
         }
 
     def _beat(self) -> None:
+        # First: an event that cannot be sent must not end the series.
+        self._next_beat = self.loop.call_later(self.heartbeat_interval / 4, self._beat)
         now = time.monotonic()
         for call in list(self._running.values()):
             if now - call.last_event_at >= self.heartbeat_interval:
                 call.emit("heartbeat")
-        self._next_beat = self.loop.call_later(self.heartbeat_interval / 4, self._beat)
 
 
 def _without_stop_iteration(work: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,8 @@ class Ledger:
             cost: USD; None when unknown, which makes the model's total unknown.
             failed: It ended in an error; what it used is unknown and counted as nothing.
         """
+        if cost is not None and not 0 <= cost < math.inf:
+            cost = None  # a provider's nonsense must not lower what was spent, nor stop the count
         with self._lock:
             # In one step: between the two a request of another thread would find neither.
             self._release(estimate)

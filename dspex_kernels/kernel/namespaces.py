@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from dspex_kernels.protocol.records import (
     LMProfile,
     ProgramRecord,
     SessionContents,
-    SessionSettings,
+    SessionReset,
     SettingsChanged,
 )
 
@@ -158,12 +158,15 @@ class Namespace:
         if program is None or program.record is not record:
             program = LiveProgram.build(record, self.toolbox)
             self.keep(program)
-        self._live.move_to_end(key)
+        else:
+            self._live.move_to_end(key)
         return program
 
     def keep(self, program: LiveProgram) -> None:
         """Hold a program that is built already."""
-        self._live[program.record.program_id, program.record.version] = program
+        key = (program.record.program_id, program.record.version)
+        self._live[key] = program
+        self._live.move_to_end(key)
         while len(self._live) > MAX_LIVE:
             oldest = next((k for k, p in self._live.items() if p.record.portable), None)
             if oldest is None:  # what a notebook made cannot be built again
@@ -178,13 +181,17 @@ class Namespace:
 
     # Changes
 
-    async def commit(self, change: Change) -> None:
+    async def commit(self, change: Change, then: Callable[[], None] | None = None) -> None:
         """Make a change durable, then visible. Called under ``changing``.
+
+        Args:
+            change: What changes.
+            then: What goes with it in memory; called once it is written, though the caller be cancelled meanwhile.
 
         Raises:
             StoreError: It could not be written; nothing changed.
         """
-        writing = asyncio.ensure_future(self._write(change))
+        writing = asyncio.ensure_future(self._write(change, then))
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
@@ -192,24 +199,31 @@ class Namespace:
             await asyncio.wait({writing})
             raise
 
-    async def _write(self, change: Change) -> None:
+    async def _write(self, change: Change, then: Callable[[], None] | None) -> None:
         if self._journal is not None:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, change)
         self.contents.apply(change)
-        for program_id in {key[0] for key in self._live} - set(self.contents.programs):
-            self._forget(program_id)
-
-    def _forget(self, program_id: str) -> None:
-        for key in [key for key in self._live if key[0] == program_id]:
-            del self._live[key]
+        for program_id, version in list(self._live):
+            versions = self.contents.programs.get(program_id)
+            if not versions or version < versions[0].version:  # deleted, or too old to be kept
+                del self._live[program_id, version]
+        self.ledger.budget = self.contents.settings.budget
+        if then is not None:
+            then()
 
     async def write_spent(self) -> None:
-        """Write the totals that a budget stands on, if they moved. Called after commands that reach an LM."""
+        """Write the totals that a budget stands on, if they moved. Called after commands that reach an LM, and often.
+
+        A disk that refuses is logged: it must not cost an answer that was paid for, and the next call tries again.
+        """
         spent = self.ledger.spent()
         if self._journal is None or spent == self._written_spent:
             return
-        self._written_spent = spent
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, spent)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, spent)
+            self._written_spent = spent
+        except errors.StoreError as refusal:
+            log.warning("what session %s spent is not written yet: %s", self.session_id, refusal)
 
     # Language model
 
@@ -239,15 +253,18 @@ class Namespace:
         """The LM of a profile, or the reason why there is none; changes nothing."""
         return build_lm(profile, session_id=self.session_id, policy=self._policy)
 
-    def restore_lm(self) -> None:
-        """Build the LM that the session had, where its key is still to be had. Called at the kernel's start."""
+    def restore_settings(self) -> None:
+        """Give cells the LM that the session had, where its key is still to be had, and its adapter.
+
+        Called at the kernel's start.
+        """
         profile = self.contents.settings.lm
-        if profile is None:
-            return
         try:
-            self.use_lm(self.prepare_lm(profile), profile)
+            if profile is not None:
+                self.use_lm(self.prepare_lm(profile), profile)
         except errors.LMFailure as refusal:
             log.warning("session %s starts without its language model: %s", self.session_id, refusal)
+        self._use_adapter()
 
     def touch(self) -> None:
         """The session was used now."""
@@ -264,15 +281,38 @@ class Namespace:
             main_thread_config["lm"] = lm
         return previous
 
-    async def change_settings(self, settings: SessionSettings, lm: SessionLM | None) -> None:
-        """Make new settings durable and use them. Called under ``changing``."""
-        await self.commit(SettingsChanged(settings=settings))
-        self.ledger.budget = settings.budget
-        if not self.shares_process:
-            adapter = build_adapter(settings.adapter, settings.lm, lm) if settings.adapter else None
-            main_thread_config["adapter"] = adapter
-        if settings.lm is None or lm is not None:
-            await close_lm(self.use_lm(lm, settings.lm))
+    async def change_settings(
+        self, change: SettingsChanged | SessionReset, lm: SessionLM | None, *, changed: Collection[str]
+    ) -> None:
+        """Make new settings durable and use them. Called under ``changing``.
+
+        Args:
+            change: What is written.
+            lm: The new LM; None is none.
+            changed: Which settings: what a notebook cell set stays where only others change.
+        """
+        previous: SessionLM | None = None
+
+        def use() -> None:
+            nonlocal previous
+            if "lm" in changed:
+                previous = self.use_lm(lm, self.contents.settings.lm)
+            if "adapter" in changed or ("lm" in changed and self.contents.settings.adapter is not None):
+                self._use_adapter()
+
+        try:
+            await self.commit(change, use)
+        finally:
+            await close_lm(previous)
+
+    def _use_adapter(self) -> None:
+        """Give notebook cells the session's adapter."""
+        settings, lm = self.contents.settings, main_thread_config.lm
+        if self.shares_process:
+            return
+        # two_step extracts with the LM: without one it has to wait for it.
+        ready = settings.adapter is not None and (settings.adapter != "two_step" or lm is not None)
+        main_thread_config["adapter"] = build_adapter(settings.adapter, settings.lm, lm) if ready else None
 
     @property
     def secrets(self) -> set[str]:

@@ -6,17 +6,23 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel import handlers
 from dspex_kernels.kernel.dispatch import Ask, CommandThread, Dispatcher, Identity
+from dspex_kernels.kernel.journal import Journal
+from dspex_kernels.kernel.ledger import Estimate
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook.asker import NotebookAsker
 from dspex_kernels.kernel.programs.tools import Toolbox
+from dspex_kernels.protocol import limits
 from tests.waiting import wait_for
 
 SESSION = "session_0123456789abcdef"
@@ -27,7 +33,9 @@ LIST = {"command": "list_programs"}
 class Workbench:
     """A dispatcher with its threads, and what it answered."""
 
-    def __init__(self, dispatcher: type[Dispatcher] = Dispatcher, namespace: type[Namespace] = Namespace) -> None:
+    def __init__(
+        self, dispatcher: type[Dispatcher] = Dispatcher, namespace: Callable[..., Namespace] = Namespace
+    ) -> None:
         self.programs = ThreadPoolExecutor(2)
         self.thread = CommandThread()
         self._namespace = namespace
@@ -100,6 +108,7 @@ class Unprintable(Exception):
         (KeyboardInterrupt(), "program_failed"),
         (GeneratorExit(), "program_failed"),
         (asyncio.CancelledError(), "cancelled"),
+        (dspy.DSPyError(message=3), "program_failed"),
         (errors.InvalidInput("too large", details={"value": 10**40, "text": "\udfff"}), "invalid_input"),
     ],
     ids=repr,
@@ -211,3 +220,60 @@ def test_an_interrupt_while_a_magic_submits_its_command_stops_the_command(
     with pytest.raises(KeyboardInterrupt):
         asker.ask("create_program", CREATE["args"])
     wait_for(lambda: not workbench.dispatcher.running(), what="the end of the command")
+
+
+def test_a_command_whose_beginning_cannot_be_told_is_answered(workbench: Workbench) -> None:
+    def refuse() -> None:
+        raise OSError("no socket")
+
+    answers: list[dict[str, Any]] = []
+    workbench.dispatcher.submit(Ask(LIST, message_id="one", reply=answers.append, began=refuse))
+    assert "no socket" in wait_for(lambda: answers, what="an answer")[0]["error"]["message"]
+    wait_for(lambda: not workbench.dispatcher.running(), what="the end of the command")
+
+
+class NamespaceOnASlowDisk(Namespace):
+    """Its journal waits in the middle of a write until ``go``."""
+
+    def __init__(self, session_id: str, directory: Path, **parts: Any) -> None:
+        journal, contents = Journal.open(directory)
+        super().__init__(session_id, journal=journal, contents=contents, **parts)
+        self.writing, self.go = threading.Event(), threading.Event()
+        self._append, journal.append = journal.append, self._append_slowly  # type: ignore[method-assign]  # a slow disk
+
+    def _append_slowly(self, change: Any) -> None:
+        self.writing.set()
+        assert self.go.wait(10)
+        self._append(change)
+
+
+def test_settings_whose_command_is_cancelled_while_they_are_written_are_used(
+    make_workbench: Callable[..., Workbench], tmp_path: Path
+) -> None:
+    workbench = make_workbench(namespace=partial(NamespaceOnASlowDisk, directory=tmp_path))
+    namespace = workbench.dispatcher.namespace(SESSION)
+    assert isinstance(namespace, NamespaceOnASlowDisk)
+    answers = workbench.submit({"command": "configure", "args": {"budget": {"lm_calls": 7}}})
+    wait_for(namespace.writing.is_set, what="the write")
+    assert workbench.ask({"command": "cancel", "args": {"request_id": "one"}}, "two")["result"]["cancelled"]
+    namespace.go.set()
+    wait_for(lambda: answers, what="the answer")
+    assert namespace.contents.settings.budget.lm_calls == 7
+    assert namespace.ledger.budget.lm_calls == 7, "what is in the journal counts"
+
+
+def test_versions_that_are_not_kept_are_not_kept_built_either(workbench: Workbench) -> None:
+    again = {"program_id": "qa", "signature": "question -> answer", "replace": True}
+    for number in range(limits.MAX_VERSIONS_KEPT + 5):
+        workbench.ask({"command": "create_program", "args": again}, f"request {number}")
+    assert len(workbench.dispatcher.namespace(SESSION)._live) == limits.MAX_VERSIONS_KEPT
+
+
+def test_what_was_spent_outside_of_any_command_is_written_soon(
+    make_workbench: Callable[..., Workbench], tmp_path: Path
+) -> None:
+    journal, _ = Journal.open(tmp_path)
+    workbench = make_workbench(namespace=partial(Namespace, journal=journal))
+    ledger = workbench.dispatcher.namespace(SESSION).ledger
+    ledger.settle(ledger.reserve(Estimate(1, 0.0)), "offline/echo", {"total_tokens": 7}, 0.0)
+    wait_for(lambda: '"spent"' in journal.path.read_text(), deadline=3, what="the spending in the journal")

@@ -108,3 +108,11 @@ def test_a_budget_of_zero_forbids_every_request(limit: str) -> None:
 def test_a_budget_in_dollars_refuses_an_unknown_price() -> None:
     with pytest.raises(errors.BudgetUnpriced):
         _ledger(usd=1.0).reserve(Estimate(1, None))
+
+
+@pytest.mark.parametrize("cost", [float("nan"), float("inf"), -5.0])
+def test_a_price_that_makes_no_sense_counts_as_unknown(cost: float) -> None:
+    ledger = _ledger(usd=10.0)
+    ledger.settle(ledger.reserve(Estimate(10, 0.1)), "m", USAGE, cost)
+    assert ledger.spent().usd == pytest.approx(0.1), "the estimate stands in"
+    assert ledger.cost() is None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dspex_kernels.kernel.journal import Journal
 from tests.live.kernels import LiveKernel
 from tests.waiting import wait_for
 
@@ -226,3 +227,54 @@ def test_a_kernel_that_cannot_start_says_why_in_one_line_and_leaves_nothing(
     assert "Traceback" not in ended.stderr
     assert reason in ended.stderr.splitlines()[-1]
     assert not connection.exists()
+
+
+def _shown(kernel: LiveKernel, expression: str) -> str:
+    cell = kernel.execute(f"print({expression})")
+    kernel.wait_for_state(cell, "idle")
+    return kernel.output(cell).strip()
+
+
+def test_an_adapter_that_needs_a_language_model_uses_the_one_configured_before_or_after() -> None:
+    with LiveKernel() as kernel:
+        kernel.result("configure", {"adapter": "two_step"})
+        kernel.result("configure", {"lm": "offline/echo"})
+        assert _shown(kernel, "dspy.settings.adapter.extraction_model is dspy.settings.lm") == "True"
+        kernel.result("configure", {"adapter": "json"})
+        kernel.result("configure", {"adapter": "two_step"})
+        assert _shown(kernel, "dspy.settings.adapter.extraction_model is dspy.settings.lm") == "True"
+
+
+def test_cells_have_the_sessions_adapter_after_a_restart_too() -> None:
+    with LiveKernel() as kernel:
+        kernel.result("configure", {"lm": "offline/echo", "adapter": "json"})
+        kernel.restart()
+        assert _shown(kernel, "type(dspy.settings.adapter).__name__") == "JSONAdapter"
+
+
+def test_what_a_cell_configured_stays_when_only_a_budget_is_given(kernel: LiveKernel) -> None:
+    kernel.run("dspy.configure(lm=dspy.LM('openai/cells-own', api_key='x'), adapter=dspy.XMLAdapter())")
+    kernel.result("configure", {"budget": {"lm_calls": 1000}})
+    shown = _shown(kernel, "getattr(dspy.settings.lm, 'model', None), type(dspy.settings.adapter).__name__")
+    kernel.result("reset")
+    assert shown == "openai/cells-own XMLAdapter"
+
+
+def test_a_kernel_removes_what_others_left_long_ago_and_nothing_that_is_in_use(tmp_path: Path) -> None:
+    sessions = tmp_path / "dspex" / "kernels"
+    for name in ("left", "in_use"):
+        journal, _ = Journal.open(sessions / name)
+        if name == "left":
+            journal.close()
+        for path in (*(sessions / name).iterdir(), sessions / name):
+            os.utime(path, (0, 0))
+    (sessions / "gone meanwhile").symlink_to("nowhere")
+    try:
+        with LiveKernel(env={"JUPYTER_DATA_DIR": str(tmp_path)}) as kernel:
+            assert not (sessions / "left").exists()
+            assert (sessions / "in_use").is_dir()
+            kernel.result("create_program", {"id": "qa", "signature": "question -> answer"})
+            kernel.restart()
+            assert kernel.result("list_programs")["count"] == 1, "it keeps its own"
+    finally:
+        journal.close()

@@ -57,8 +57,7 @@ async def add_module(call: Call, program_id: str, module: dspy.Module) -> Create
     async with namespace.changing:
         version = namespace.next_version(program_id, replace=True, if_version=None)
         program = LiveProgram.from_module(program_id, module, version, created_at=_now())
-        await namespace.commit(ProgramPut(record=program.record))
-        namespace.keep(program)
+        await namespace.commit(ProgramPut(record=program.record), lambda: namespace.keep(program))
         return _created(program)
 
 
@@ -98,8 +97,7 @@ async def delete_program(_dispatcher: Dispatcher, call: Call, args: DeleteProgra
 
 async def _put(namespace: Namespace, record: ProgramRecord) -> CreateProgramResult:
     program = LiveProgram.build(record, namespace.toolbox)
-    await namespace.commit(ProgramPut(record=record))
-    namespace.keep(program)
+    await namespace.commit(ProgramPut(record=record), lambda: namespace.keep(program))
     return _created(program)
 
 

@@ -16,7 +16,7 @@ from dspex_kernels.protocol.commands import (
     NoArgs,
     ResetResult,
 )
-from dspex_kernels.protocol.records import Budget, LMProfile, SessionReset, SessionSettings
+from dspex_kernels.protocol.records import Budget, LMProfile, SessionReset, SessionSettings, SettingsChanged
 
 if TYPE_CHECKING:
     from dspex_kernels.kernel.dispatch import Dispatcher
@@ -38,7 +38,7 @@ async def configure(_dispatcher: Dispatcher, call: Call, args: ConfigureArgs) ->
         if "budget" in args.model_fields_set:
             changes["budget"] = args.budget or Budget()
         settings = namespace.contents.settings.model_copy(update=changes)
-        await namespace.change_settings(settings, lm)
+        await namespace.change_settings(SettingsChanged(settings=settings), lm, changed=changes)
         return ConfigureResult(settings=_without_secrets(settings))
 
 
@@ -63,8 +63,7 @@ async def reset(_dispatcher: Dispatcher, call: Call, _args: NoArgs) -> ResetResu
     namespace = call.namespace
     async with namespace.changing:
         programs = len(namespace.contents.programs)
-        await namespace.commit(SessionReset())
-        await namespace.change_settings(SessionSettings(), None)
+        await namespace.change_settings(SessionReset(), None, changed=("lm", "adapter"))
         namespace.history.clear()
         return ResetResult(programs=programs)
 
