@@ -212,7 +212,7 @@ class Namespace:
             then()
 
     async def write_spent(self) -> None:
-        """Write the totals that a budget stands on, if they moved. Called after commands that reach an LM, and often.
+        """Write the totals that a budget stands on, if they moved. Called after each program that ran, and often.
 
         A disk that refuses is logged: it must not cost an answer that was paid for, and the next call tries again.
         """
