@@ -14,8 +14,9 @@ from jupyter_client.connect import find_connection_file
 from traitlets import TraitError
 
 from dspex_kernels import errors
+from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S
 from dspex_kernels.sessions.calls import CallOptions
-from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, KernelConnection
+from dspex_kernels.sessions.kernel_connection import KernelConnection
 from dspex_kernels.sessions.session import Session
 
 
@@ -111,7 +112,7 @@ class _Connecting:
 
 
 def connect_kernel(
-    connection_file: str | os.PathLike[str], *, session_id: str | None = None, timeout: float = DEFAULT_TIMEOUT
+    connection_file: str | os.PathLike[str], *, session_id: str | None = None, timeout: float = DEFAULT_TIMEOUT_S
 ) -> _Connecting:
     """Connect to a running dspex kernel; its session has the same methods as the service's.
 

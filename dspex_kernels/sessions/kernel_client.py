@@ -7,8 +7,9 @@ from typing import Any, Unpack
 
 from jupyter_client.asynchronous import AsyncKernelClient
 
+from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S
 from dspex_kernels.sessions.calls import CallOptions
-from dspex_kernels.sessions.kernel_connection import DEFAULT_TIMEOUT, KernelConnection
+from dspex_kernels.sessions.kernel_connection import KernelConnection
 
 
 class DSPexKernelClient(AsyncKernelClient):
@@ -47,7 +48,7 @@ class DSPexKernelClient(AsyncKernelClient):
             self._dspex_identified = False
             await connection.open()
         if not self._dspex_identified:
-            await connection.identify(timeout=options.get("timeout") or DEFAULT_TIMEOUT)
+            await connection.identify(timeout=options.get("timeout") or DEFAULT_TIMEOUT_S)
             self._dspex_identified = True
         return await connection.request(command, args, session_id=session_id, **options)
 

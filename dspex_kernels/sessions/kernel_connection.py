@@ -26,11 +26,9 @@ from jupyter_client.session import Session as MessageSession
 
 from dspex_kernels import errors
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION, messages
-from dspex_kernels.protocol.commands import Command, get_command
+from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_command
 from dspex_kernels.sessions.calls import EventListener
 
-DEFAULT_TIMEOUT = 30.0
-"""Seconds for a command whose row names none."""
 REPLY_GRACE = 2.0
 """Seconds after a call's deadline in which the kernel's own ``timeout`` answer may still arrive."""
 MAX_PENDING = 1000
@@ -195,7 +193,7 @@ class KernelConnection:
             TooLarge: The request is over its size.
         """
         row = get_command(command)
-        seconds = timeout if timeout is not None else row.timeout_s or DEFAULT_TIMEOUT
+        seconds = timeout if timeout is not None else row.timeout_s or DEFAULT_TIMEOUT_S
         content: dict[str, Any] = {
             "protocol_version": PROTOCOL_VERSION,
             "session_id": session_id,
@@ -227,7 +225,7 @@ class KernelConnection:
             ) from None  # the TimeoutError tells nothing more
         return _result(reply)
 
-    async def kernel_info(self, *, timeout: float = DEFAULT_TIMEOUT) -> dict[str, Any]:
+    async def kernel_info(self, *, timeout: float = DEFAULT_TIMEOUT_S) -> dict[str, Any]:
         """The kernel's ``kernel_info_reply``, over control: it answers while a cell or a command computes.
 
         Raises:
@@ -245,7 +243,7 @@ class KernelConnection:
                 details={"timeout_s": timeout},
             ) from None  # the TimeoutError tells nothing more
 
-    async def identify(self, *, timeout: float = DEFAULT_TIMEOUT) -> dict[str, Any]:
+    async def identify(self, *, timeout: float = DEFAULT_TIMEOUT_S) -> dict[str, Any]:
         """What a dspex kernel tells about itself; ask it before anything else, other kernels never answer.
 
         Returns:
@@ -420,7 +418,7 @@ class KernelConnection:
                 return
             message = self._messages.msg(messages.REQUEST, request.model_dump())
             try:
-                reply = await self._ask("control", message, row.timeout_s or DEFAULT_TIMEOUT, row, None)
+                reply = await self._ask("control", message, row.timeout_s or DEFAULT_TIMEOUT_S, row, None)
                 if _result(reply).get("cancelled"):
                     return
             except (errors.DSPexError, TimeoutError) as failure:

@@ -53,13 +53,7 @@ class NotebookAsker:
         timeout_s: float | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
-        """Run a command and wait for its result.
-
-        Args:
-            command: A name of the command table.
-            args: Its arguments.
-            timeout_s: Seconds; None is the command's default.
-            on_event: Takes events, in another thread.
+        """As ``magics.Asker.ask``; ``on_event`` is called in another thread.
 
         Raises:
             DSPexError: What the command was answered with.
