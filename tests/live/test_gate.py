@@ -41,6 +41,8 @@ def _configure(kernel: LiveKernel, server: LMServer, *, key: str = KEY, **profil
 def wired(kernel: LiveKernel, lm_server: LMServer) -> LiveKernel:
     """The module's kernel, reset, with an LM at a real server and one program of each module."""
     kernel.result("reset")
+    # A server may be given the port of an earlier test's, whose answers are remembered under it.
+    kernel.run("import dspy; dspy.cache.reset_memory_cache()")
     kernel.run(
         "def look_up(subject: str) -> str:\n    'Looks a subject up.'\n    return 'nothing'\n%dspex add look_up"
     )
