@@ -39,7 +39,9 @@ The tree::
     │   ├─ CommandTimeout            timeout
     │   ├─ CommandCancelled          cancelled
     │   ├─ CommandInterrupted        interrupted
-    │   └─ DuplicateRequest          duplicate_request
+    │   ├─ DuplicateRequest          duplicate_request
+    │   ├─ PoolSaturated             pool_saturated       too many calls wait for the pool's kernels
+    │   └─ ResultNotFound            result_not_found     no such call is remembered
     ├─ SessionError
     │   ├─ SessionNotFound           session_not_found
     │   ├─ SessionExists             session_exists
@@ -328,6 +330,17 @@ class CommandInterrupted(CallError):
 class DuplicateRequest(CallError):
     code = "duplicate_request"
     http_status = 409
+
+
+class PoolSaturated(CallError):
+    code = "pool_saturated"
+    http_status = 503
+    retryable = True
+
+
+class ResultNotFound(CallError):
+    code = "result_not_found"
+    http_status = 404
 
 
 class SessionError(DSPexError):

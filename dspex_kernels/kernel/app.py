@@ -26,6 +26,7 @@ from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook import display, magics
 from dspex_kernels.kernel.programs.tools import Toolbox
+from dspex_kernels.protocol.commands import OpenSessionArgs
 from dspex_kernels.protocol.names import is_session_id
 from dspex_kernels.protocol.records import SessionContents
 
@@ -125,14 +126,17 @@ class DSPexKernelApp(IPKernelApp):
                 f"{config.ENV_LM_POLICY} is no LM policy ({failure}): give what LMPolicy.to_json writes"
             ) from failure
 
-    def _open_namespace(self, session_id: str) -> Namespace:
-        if self.dispatcher.identity.session_id is None:
+    def _open_namespace(self, session_id: str, opened: OpenSessionArgs | None) -> Namespace:
+        if opened is not None:
             return Namespace(
                 session_id,
                 toolbox=Toolbox(self.programs),
                 policy=self.policy,
                 executor=self.journals,
+                contents=opened.contents,
                 shares_process=True,
+                generation=opened.generation,
+                created_at=opened.created_at,
             )
         journal, contents = self._open_journal(session_id)
         return Namespace(
@@ -142,6 +146,7 @@ class DSPexKernelApp(IPKernelApp):
             executor=self.journals,
             journal=journal,
             contents=contents,
+            generation=self.dispatcher.identity.generation,
         )
 
     def _open_journal(self, session_id: str) -> tuple[Journal | None, SessionContents]:

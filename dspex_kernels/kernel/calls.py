@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspex_kernels.errors import CallStopped, CommandTimeout, DSPexError
 from dspex_kernels.kernel.ledger import Ledger
-from dspex_kernels.protocol.records import Budget
+from dspex_kernels.protocol.records import Budget, Change
 
 if TYPE_CHECKING:
     from dspex_kernels.kernel.namespaces import Namespace
@@ -60,6 +60,8 @@ class Call:
         self.deadline = deadline
         self.stream = stream
         self.ledger = Ledger(budget or Budget(), of=f"call {request_id!r}")
+        self.changes: list[Change] = []
+        """What it changed in a pooled kernel, where the reply carries that to the store."""
         self.stopped: DSPexError | None = None
         self.last_provider_error: Exception | None = None
         self.last_event_at = time.monotonic()

@@ -20,13 +20,17 @@ from dspex_kernels.kernel.failures import explain
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.secrecy import scrub
 from dspex_kernels.protocol import limits
-from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_command
+from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, OpenSessionArgs, get_command
 from dspex_kernels.protocol.messages import Request, check_size, parse_request
+from dspex_kernels.protocol.records import Spent
 
 log = logging.getLogger(__name__)
 
 MAX_THREADS = 64
 """Threads for programs without an async path, of all sessions of this kernel."""
+
+CLOSING_TIME = 2.0
+"""Seconds in which stopped commands must have ended when their session or the kernel is closed."""
 
 WRITE_SPENT_INTERVAL = 0.5
 """Seconds between looks at what was spent outside finished commands: by cells, and by commands that still run."""
@@ -88,12 +92,18 @@ class Ask:
         if self._ended is not None:
             self._ended()
 
-    def answer(self, content: dict[str, Any]) -> None:
+    def answer(self, content: dict[str, Any], more: Callable[[], dict[str, Any]] | None = None) -> None:
+        """Send the reply, unless one was sent.
+
+        Args:
+            content: The reply's content.
+            more: Gives what may be told only once; called if this is the reply.
+        """
         with self._lock:
             if self._answered:
                 return
             self._answered = True
-        self._reply(content)
+        self._reply({**content, **more()} if more is not None else content)
 
 
 class CommandThread(threading.Thread):
@@ -135,8 +145,8 @@ class Dispatcher:
 
     Args:
         identity: Who we are, in replies.
-        open_namespace: Makes the namespace of a session that is not there; called on the command loop's thread
-            or under the dispatcher's lock, so it must be quick.
+        open_namespace: Makes a session's namespace from what the service's store holds, or (None) from its
+            journal; called in the thread that received a message, so it must be quick.
         thread: Where commands run; started by ``start``.
         programs: The executor for programs without an async path.
         heartbeat_interval: Seconds of silence after which a running command reports that it lives.
@@ -146,7 +156,7 @@ class Dispatcher:
         self,
         identity: Identity,
         *,
-        open_namespace: Callable[[str], Namespace],
+        open_namespace: Callable[[str, OpenSessionArgs | None], Namespace],
         thread: CommandThread,
         programs: ThreadPoolExecutor,
         heartbeat_interval: float,
@@ -163,7 +173,7 @@ class Dispatcher:
         self._closed = False
         self._namespaces: dict[str, Namespace] = {}
         self._running: dict[tuple[str, str], Call] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Call] = {}
         self._next_beat: asyncio.TimerHandle | None = None
         self._writing_spent: asyncio.Task[None] | None = None
 
@@ -184,10 +194,13 @@ class Dispatcher:
             request = parse_request(ask.content, default_request_id=ask.message_id)
             command = get_command(request.command)
             args = command.parse(request.args)
-            namespace = self.namespace(request.session_id)
-            if command.control:
-                self._answer(ask, request, namespace, handlers.CONTROL[command.name](self, namespace, args))
+            if self.identity.session_id is not None or not command.kernel_wide:
+                namespace = self.namespace(request.session_id)
+            if command.name in handlers.AT_ONCE:
+                result = handlers.AT_ONCE[command.name](self, namespace, args)
+                ask.answer(self._ok(request, namespace, result))
                 return None
+            assert namespace is not None  # what is asked of the kernel itself is answered at once
             call = self._admit(ask, request, command, namespace, args)
             namespace.touch()
             return call
@@ -200,11 +213,12 @@ class Dispatcher:
             return None
 
     def namespace(self, session_id: str | None) -> Namespace:
-        """The namespace of a session, made when it is not there.
+        """The namespace of a session; a dedicated kernel's own is made when it is first asked for.
 
         Raises:
             SessionMismatch: A dedicated kernel was asked for another session than its own.
             InvalidMessage: A pooled kernel was not told which session.
+            SessionNotReady: A pooled kernel does not have it: its service has to open it here first.
         """
         own = self.identity.session_id
         if own is not None and session_id not in (None, own):
@@ -217,9 +231,53 @@ class Dispatcher:
             raise errors.InvalidMessage("session_id is missing: a pooled kernel serves many sessions, name yours")
         with self._lock:
             namespace = self._namespaces.get(wanted)
-            if namespace is None:
-                namespace = self._namespaces[wanted] = self._open_namespace(wanted)
-            return namespace
+            if namespace is None and own is not None:
+                namespace = self._namespaces[wanted] = self._open_namespace(wanted, None)
+        if namespace is None:
+            raise errors.SessionNotReady(
+                f"session {wanted!r} is not in this kernel: its service opens it here with open_session",
+                details={"session_id": wanted, "kernel_id": self.identity.kernel_id},
+            )
+        return namespace
+
+    def open(self, args: OpenSessionArgs) -> None:
+        """Let a session into this pooled kernel; one that is there already is replaced by what the store holds.
+
+        Raises:
+            SessionMismatch: This is a dedicated kernel.
+        """
+        own = self.identity.session_id
+        if own is not None:
+            raise errors.SessionMismatch(
+                f"this kernel serves session {own!r} alone: open {args.session_id!r} in a pooled one",
+                details={"session_id": args.session_id, "kernel_session_id": own},
+            )
+        namespace = self._open_namespace(args.session_id, args)
+        with self._lock:
+            self._namespaces[args.session_id] = namespace
+
+    async def drop(self, call: Call) -> None:
+        """Let a session go: what else of it runs is stopped, what it holds open is closed."""
+        namespace = call.namespace
+        with self._lock:
+            if self._namespaces.get(namespace.session_id) is namespace:
+                del self._namespaces[namespace.session_id]
+        others = {task: other for task, other in self._tasks.items() if other.namespace is namespace}
+        for task, other in list(others.items()):
+            if other is call:
+                del others[task]
+            else:
+                other.stop(errors.CommandCancelled(f"session {namespace.session_id!r} was closed during the call"))
+        if others:
+            await asyncio.wait(others, timeout=CLOSING_TIME)
+        await namespace.close()
+
+    def untold_spent(self) -> dict[str, Spent]:
+        """What sessions of this pooled kernel have spent since that was last told."""
+        with self._lock:
+            namespaces = {call.namespace.session_id: call.namespace for call in self._running.values()}
+        told = {session_id: namespace.untold_spent() for session_id, namespace in namespaces.items()}
+        return {session_id: spent for session_id, spent in told.items() if spent is not None}
 
     def cancel(self, namespace: Namespace, request_id: str, reason: errors.DSPexError) -> bool:
         """Stop a running call; False when there is none of that id. Thread-safe."""
@@ -230,10 +288,10 @@ class Dispatcher:
         call.stop(reason)
         return True
 
-    def interrupt(self) -> int:
-        """Stop every running command, as Ctrl-C does; returns how many. From the signal handler too."""
+    def interrupt(self, namespace: Namespace | None = None) -> int:
+        """Stop every running command, or one session's, as Ctrl-C does; how many. From signal handlers too."""
         # No lock: a handler may interrupt the very code that holds it. A copied dict is a consistent one.
-        calls = list(self._running.copy().values())
+        calls = [c for c in self._running.copy().values() if namespace is None or c.namespace is namespace]
         for call in calls:
             self.loop.call_soon_threadsafe(
                 call.stop, errors.CommandInterrupted(f"{call.command} was interrupted", details={"by": "SIGINT"})
@@ -243,9 +301,7 @@ class Dispatcher:
     def running(self, namespace: Namespace | None = None) -> int:
         """How many commands run: of one session, or of all."""
         with self._lock:
-            if namespace is None:
-                return len(self._running)
-            return sum(call.namespace is namespace for call in self._running.values())
+            return len(self._running) if namespace is None else namespace.running
 
     def sessions(self) -> int:
         """How many sessions have a namespace here."""
@@ -276,7 +332,8 @@ class Dispatcher:
 
     def _begin(self) -> None:
         self._beat()
-        self._writing_spent = self.loop.create_task(self._write_spent())
+        if self.identity.session_id is not None:  # a pooled kernel tells its service
+            self._writing_spent = self.loop.create_task(self._write_spent())
 
     async def _write_spent(self) -> None:
         while True:
@@ -292,7 +349,7 @@ class Dispatcher:
         for call in list(self._running.values()):
             call.stop(reason)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=2.0)
+            await asyncio.wait(self._tasks, timeout=CLOSING_TIME)
         for namespace in list(self._namespaces.values()):
             await namespace.close()
 
@@ -317,65 +374,69 @@ class Dispatcher:
                     f"request {request.request_id!r} is running already: give each call an id of its own",
                     details={"request_id": request.request_id},
                 )
-            if sum(k[0] == key[0] for k in self._running) >= limits.MAX_RUNNING_COMMANDS:
+            if namespace.running >= limits.MAX_RUNNING_COMMANDS:
                 raise errors.TooLarge(
                     f"session {namespace.session_id!r} has {limits.MAX_RUNNING_COMMANDS} commands running, the "
                     "limit: wait for some of them",
                     details={"limit": limits.MAX_RUNNING_COMMANDS},
                 )
             self._running[key] = call
+            namespace.running += 1
             # Under the lock: what is admitted before close() is launched before it looks at what runs.
             self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
         return call
 
     def _launch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
         task = self.loop.create_task(self._run(ask, request, command, args, call), context=ask.context)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = call
+        task.add_done_callback(lambda ended: self._tasks.pop(ended, None))
 
     async def _run(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
         task = asyncio.current_task()
         assert task is not None
         assert call.deadline is not None
         timer = self.loop.call_at(call.deadline, lambda: call.stop(call.timed_out()))
-        outcome = "ok"
 
         def abandon() -> None:
             assert call.stopped is not None
-            self._refuse(ask, request, call.namespace, call.stopped)
+            self._refuse(ask, request, call.namespace, call.stopped, call)
 
         try:
             ask.began()
             with call.running_in(task, abandon):
                 result = await handlers.HANDLERS[command.name](self, call, args)
-            self._answer(ask, request, call.namespace, result)
+            ask.answer(self._ok(request, call.namespace, result), lambda: self._ended(call, "ok"))
         except BaseException as failure:  # noqa: BLE001  # a program's sys.exit() too is its failure only
-            outcome = self._fail(ask, request, call, failure)
+            self._fail(ask, request, call, failure)
         finally:
             timer.cancel()
             with self._lock:
                 self._running.pop((call.namespace.session_id, call.request_id or ""), None)
-            call.namespace.outcomes[outcome] += 1
+                call.namespace.running -= 1
             call.namespace.touch()
             ask.ended()
 
-    def _fail(self, ask: Ask, request: Request, call: Call, failure: BaseException) -> str:
+    def _fail(self, ask: Ask, request: Request, call: Call, failure: BaseException) -> None:
         try:
             error = explain(failure, call)
-            self._refuse(ask, request, call.namespace, error)
+            self._refuse(ask, request, call.namespace, error, call)
         except Exception:  # user code may raise what cannot be told, and is answered all the same
             log.exception("the failure of %s could not be told", call.command)
             error = errors.ProgramFailed(f"the program failed: {type(failure).__name__}, which cannot be shown")
-            self._refuse(ask, request, call.namespace, error)
-        return error.status
+            self._refuse(ask, request, call.namespace, error, call)
 
-    def _answer(self, ask: Ask, request: Request, namespace: Namespace, result: Any) -> None:
+    def _ok(self, request: Request, namespace: Namespace | None, result: Any) -> dict[str, Any]:
         content = result.model_dump(mode="json")
         check_size(content, limits.MAX_RESULT_BYTES, what="result")
-        ask.answer({"status": "ok", "result": content, **self._told(request, namespace)})
+        return {"status": "ok", "result": content, **self._told(request, namespace)}
 
     def _refuse(
-        self, ask: Ask, request: Request | None, namespace: Namespace | None, error: errors.DSPexError
+        self,
+        ask: Ask,
+        request: Request | None,
+        namespace: Namespace | None,
+        error: errors.DSPexError,
+        call: Call | None = None,
     ) -> None:
         content = {
             "status": error.status,
@@ -388,16 +449,26 @@ class Dispatcher:
         secrets = namespace.secrets if namespace is not None else ()
         # Not orjson: a failure of user code may hold lone surrogates and integers of any size.
         text = json.dumps(content, default=str, ensure_ascii=False, skipkeys=True)
-        ask.answer(json.loads(scrub(text.encode(errors="replace").decode(), secrets)))
+        answer = json.loads(scrub(text.encode(errors="replace").decode(), secrets))
+        ask.answer(answer, (lambda: self._ended(call, error.status)) if call is not None else None)
+
+    def _ended(self, call: Call, outcome: str) -> dict[str, Any]:
+        """Count a call. What a pooled kernel's reply carries to the store: its changes, the session's totals."""
+        call.namespace.outcomes[outcome] += 1
+        if not call.namespace.shares_process:
+            return {}
+        spent = call.namespace.untold_spent()
+        changes = [*call.changes, spent] if spent is not None else call.changes
+        return {"changes": [change.model_dump(mode="json") for change in changes]}
 
     def _told(
         self, request: Request | None, namespace: Namespace | None, message_id: str | None = None
     ) -> dict[str, Any]:
         return {
-            "session_id": namespace.session_id if namespace is not None else self.identity.session_id,
+            "session_id": namespace.session_id if namespace is not None else _asked(request, self.identity),
             "request_id": request.request_id if request is not None else message_id,
             "kernel_id": self.identity.kernel_id,
-            "generation": self.identity.generation,
+            "generation": namespace.generation if namespace is not None else self.identity.generation,
         }
 
     def _beat(self) -> None:
@@ -407,6 +478,10 @@ class Dispatcher:
         for call in list(self._running.values()):
             if now - call.last_event_at >= self.heartbeat_interval:
                 call.emit("heartbeat")
+
+
+def _asked(request: Request | None, identity: Identity) -> str | None:
+    return identity.session_id or (request.session_id if request is not None else None)
 
 
 def _without_stop_iteration(work: Callable[[], Any]) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dspex_kernels import errors
+from dspex_kernels.protocol import limits
 from dspex_kernels.protocol.commands import LMUsage
-from dspex_kernels.protocol.records import Budget, Spent
+from dspex_kernels.protocol.records import Budget, ModelSpent, Spent
 
 MAX_TOKENS = 10**12
 """A count of tokens that a provider may report; more is nonsense."""
@@ -28,6 +29,10 @@ class Estimate:
     usd: float | None
 
 
+OTHER_MODELS = "(others)"
+"""Under which name the statistics tell of models beyond ``limits.MAX_MODELS``."""
+
+
 @dataclass(slots=True)
 class _ModelTotals:
     lm_calls: int = 0
@@ -35,7 +40,6 @@ class _ModelTotals:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
-    assumed_tokens: int = 0
     usd: float = 0.0
     unpriced: bool = False
 
@@ -57,13 +61,17 @@ class Ledger:
         self._of = of
         self._lock = threading.Lock()
         self._models: dict[str, _ModelTotals] = {}
-        self._before = Spent()
+        self._lm_calls = 0
+        self._tokens = 0
+        self._usd = 0.0
         self._reserved = Spent()
         self.cache_hits = 0
 
     def carry_over(self, spent: Spent) -> None:
-        """Take over what was spent before this kernel was there: it counts against the budget."""
-        self._before = spent
+        """Take over what was spent before this kernel was there: it counts, and counts against the budget."""
+        self._lm_calls, self._tokens, self._usd = spent.lm_calls, spent.tokens, spent.usd
+        self._models = {model: _ModelTotals(**dict(totals)) for model, totals in spent.models.items()}
+        self.cache_hits = spent.cache_hits
 
     def reserve(self, estimate: Estimate) -> Estimate:
         """Set aside what a request may use.
@@ -73,10 +81,9 @@ class Ledger:
             BudgetUnpriced: There is a limit in dollars and the model's price is unknown.
         """
         with self._lock:
-            spent = self._spent()
             held = self._reserved
-            self._refuse_over("lm_calls", self.budget.lm_calls, spent.lm_calls + held.lm_calls, 1)
-            self._refuse_over("tokens", self.budget.tokens, spent.tokens + held.tokens, estimate.tokens)
+            self._refuse_over("lm_calls", self.budget.lm_calls, self._lm_calls + held.lm_calls, 1)
+            self._refuse_over("tokens", self.budget.tokens, self._tokens + held.tokens, estimate.tokens)
             if self.budget.usd is not None and estimate.usd is None:
                 raise errors.BudgetUnpriced(
                     f"the budget of {self._of} is in US dollars and the price of this model is unknown: "
@@ -84,7 +91,7 @@ class Ledger:
                     details={"limit": "usd"},
                 )
             usd = estimate.usd or 0.0
-            self._refuse_over("usd", self.budget.usd, spent.usd + held.usd, usd)
+            self._refuse_over("usd", self.budget.usd, self._usd + held.usd, usd)
             self._reserved = Spent(
                 lm_calls=held.lm_calls + 1, tokens=held.tokens + estimate.tokens, usd=held.usd + usd
             )
@@ -112,7 +119,8 @@ class Ledger:
         with self._lock:
             # In one step: between the two a request of another thread would find neither.
             self._release(estimate)
-            totals = self._models.setdefault(model, _ModelTotals())
+            totals = self._totals_of(model)
+            self._lm_calls += 1
             totals.lm_calls += 1
             totals.failed_calls += failed
             prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
@@ -120,15 +128,16 @@ class Ledger:
             totals.completion_tokens += completion
             total = _count(usage, "total_tokens") or prompt + completion
             totals.total_tokens += total
-            totals.usd += cost or 0.0
-            if failed:
-                return
-            # A provider that reports nothing must not be free of the budget: the estimate stands in.
-            if not total:
-                totals.assumed_tokens += estimate.tokens
-            if cost is None:
-                totals.unpriced = True
-                totals.usd += estimate.usd or 0.0
+            self._tokens += total
+            usd = cost or 0.0
+            if not failed:
+                # A provider that reports nothing must not be free of the budget: the estimate stands in.
+                self._tokens += estimate.tokens if not total else 0
+                if cost is None:
+                    totals.unpriced = True
+                    usd = estimate.usd or 0.0
+            totals.usd += usd
+            self._usd += usd
 
     def record_cache_hit(self) -> None:
         """Count an answer that came from the cache: no request was sent."""
@@ -146,7 +155,7 @@ class Ledger:
             return self._spent()
 
     def by_model(self) -> dict[str, LMUsage]:
-        """What went to each model in this kernel."""
+        """What went to each model."""
         with self._lock:
             return {
                 model: LMUsage(
@@ -161,22 +170,28 @@ class Ledger:
             }
 
     def cost(self) -> float | None:
-        """USD in this kernel; None once a request of unknown price was answered."""
+        """USD; None once a request of unknown price was answered."""
         with self._lock:
             totals = list(self._models.values())
             return None if any(t.unpriced for t in totals) else sum(t.usd for t in totals)
 
     def lm_calls(self) -> int:
-        """Requests sent in this kernel, failed ones and retries included."""
+        """Requests sent, failed ones and retries included."""
         with self._lock:
-            return sum(t.lm_calls for t in self._models.values())
+            return self._lm_calls
+
+    def _totals_of(self, model: str) -> _ModelTotals:
+        if model not in self._models and len(self._models) >= limits.MAX_MODELS:
+            model = OTHER_MODELS
+        return self._models.setdefault(model, _ModelTotals())
 
     def _spent(self) -> Spent:
-        totals = self._models.values()
         return Spent(
-            lm_calls=self._before.lm_calls + sum(t.lm_calls for t in totals),
-            tokens=self._before.tokens + sum(t.total_tokens + t.assumed_tokens for t in totals),
-            usd=self._before.usd + sum(t.usd for t in totals),
+            lm_calls=self._lm_calls,
+            tokens=self._tokens,
+            usd=self._usd,
+            models={model: ModelSpent(**asdict(totals)) for model, totals in self._models.items()},
+            cache_hits=self.cache_hits,
         )
 
     def _release(self, estimate: Estimate) -> None:

@@ -32,6 +32,7 @@ from dspex_kernels.protocol.records import (
     SessionContents,
     SessionReset,
     SettingsChanged,
+    Spent,
 )
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Namespace:
         contents: What the session held before.
         shares_process: Whether other sessions live in this process: then its settings stay its own; else
             the process's DSPy settings are the session's, so that notebook cells see the same LM.
+        generation: How often the session has been given a kernel.
+        created_at: When the session was made; None is now.
     """
 
     def __init__(
@@ -67,17 +70,24 @@ class Namespace:
         journal: Journal | None = None,
         contents: SessionContents | None = None,
         shares_process: bool = False,
+        generation: int = 1,
+        created_at: datetime | None = None,
     ) -> None:
         self.session_id = session_id
         self.toolbox = toolbox
         self.contents = contents or SessionContents()
         self.shares_process = shares_process
-        self.created_at = self.last_activity = datetime.now(UTC)
+        self.generation = generation
+        self.last_activity = datetime.now(UTC)
+        self.created_at = created_at or self.last_activity
         self.history: deque[dict[str, Any]] = deque(maxlen=history.MAX_ENTRIES)
-        self.outcomes: Counter[str] = Counter()
-        self.executions = 0
+        spent = self.contents.spent
+        self.outcomes = Counter(ok=spent.ok, error=spent.error, aborted=spent.aborted)
+        self.executions = spent.executions
+        self.running = 0
+        """Commands that run now; the dispatcher counts them, under its lock."""
         self.ledger = Ledger(self.contents.settings.budget, of=f"session {session_id!r}")
-        self.ledger.carry_over(self.contents.spent)
+        self.ledger.carry_over(spent)
         # One writer at a time, in the order the commands came: asyncio.Lock is fair.
         self.changing = asyncio.Lock()
         self.cells = Call(self)
@@ -87,7 +97,7 @@ class Namespace:
         self._live: OrderedDict[tuple[str, int], LiveProgram] = OrderedDict()
         self._lm: SessionLM | None = None
         self._secrets: set[str] = set()
-        self._written_spent = self.contents.spent
+        self._told_spent = spent
 
     # Programs
 
@@ -181,16 +191,26 @@ class Namespace:
 
     # Changes
 
-    async def commit(self, change: Change, then: Callable[[], None] | None = None) -> None:
+    async def commit(self, call: Call, change: Change, then: Callable[[], None] | None = None) -> None:
         """Make a change durable, then visible. Called under ``changing``.
 
+        In a pooled kernel the store is the service's: there the call's reply carries the change, and is answered
+        to nobody before it is durable.
+
         Args:
+            call: Whose change.
             change: What changes.
             then: What goes with it in memory; called once it is written, though the caller be cancelled meanwhile.
 
         Raises:
             StoreError: It could not be written; nothing changed.
+            CallStopped: The call was stopped: its reply may have left, and would not carry the change.
         """
+        call.check()
+        if self.shares_process:
+            call.changes.append(change)
+            self._apply(change, then)
+            return
         writing = asyncio.ensure_future(self._write(change, then))
         try:
             await asyncio.shield(writing)
@@ -202,6 +222,9 @@ class Namespace:
     async def _write(self, change: Change, then: Callable[[], None] | None) -> None:
         if self._journal is not None:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, change)
+        self._apply(change, then)
+
+    def _apply(self, change: Change, then: Callable[[], None] | None) -> None:
         self.contents.apply(change)
         for program_id, version in list(self._live):
             versions = self.contents.programs.get(program_id)
@@ -211,17 +234,32 @@ class Namespace:
         if then is not None:
             then()
 
+    def spent(self) -> Spent:
+        """The session's totals, of earlier kernels too."""
+        counts = {outcome: self.outcomes[outcome] for outcome in ("ok", "error", "aborted")}
+        return self.ledger.spent().model_copy(update={"executions": self.executions, **counts})
+
+    def untold_spent(self) -> Spent | None:
+        """The totals that the service has not been told yet; None when they did not move. In a pooled kernel."""
+        spent = self.spent()
+        if spent == self._told_spent:
+            return None
+        self._told_spent = spent
+        return spent
+
     async def write_spent(self) -> None:
         """Write the totals that a budget stands on, if they moved. Called after each program that ran, and often.
 
         A disk that refuses is logged: it must not cost an answer that was paid for, and the next call tries again.
         """
-        spent = self.ledger.spent()
-        if self._journal is None or spent == self._written_spent:
+        if self._journal is None:
+            return
+        spent = self.spent()
+        if spent == self._told_spent:
             return
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, spent)
-            self._written_spent = spent
+            self._told_spent = spent
         except errors.StoreError as refusal:
             log.warning("what session %s spent is not written yet: %s", self.session_id, refusal)
 
@@ -282,11 +320,12 @@ class Namespace:
         return previous
 
     async def change_settings(
-        self, change: SettingsChanged | SessionReset, lm: SessionLM | None, *, changed: Collection[str]
+        self, call: Call, change: SettingsChanged | SessionReset, lm: SessionLM | None, *, changed: Collection[str]
     ) -> None:
         """Make new settings durable and use them. Called under ``changing``.
 
         Args:
+            call: Whose change.
             change: What is written.
             lm: The new LM; None is none.
             changed: Which settings: what a notebook cell set stays where only others change.
@@ -301,7 +340,7 @@ class Namespace:
                 self._use_adapter()
 
         try:
-            await self.commit(change, use)
+            await self.commit(call, change, use)
         finally:
             await close_lm(previous)
 

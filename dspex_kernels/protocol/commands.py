@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AliasChoices,
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -24,15 +25,17 @@ from pydantic import (
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.messages import AS_OBJECT, AS_TEXT, first_problem
-from dspex_kernels.protocol.names import ProgramId, RequestId
+from dspex_kernels.protocol.names import ProgramId, RequestId, SessionId
 from dspex_kernels.protocol.records import (
     AdapterName,
     Budget,
     LMProfile,
     OfflineOptions,
     ProgramRecord,
+    SessionContents,
     SessionSettings,
     SignatureSpec,
+    Spent,
 )
 
 
@@ -261,6 +264,38 @@ class PingResult(Result):
     running: int = Field(description="Commands running now, of all sessions.")
     uptime_s: float
     memory_bytes: int
+    stuck: int = Field(0, description="Calls that were answered, whose programs ignore their end and go on.")
+    lag_s: float = Field(0.0, description="For how long the command loop has not come round, beyond its pace.")
+    calls: int = Field(0, description="Commands answered since the kernel's start.")
+    last_activity: str | None = Field(None, description="Of any session: its last command or cell, whoever asked.")
+    busy: bool = Field(False, description="A cell runs.")
+    clients: int | None = Field(None, description="Who listens to iopub, the service apart; null where unknown.")
+
+
+class OpenSessionArgs(Args):
+    """A session moves into a pooled kernel."""
+
+    session_id: SessionId
+    contents: SessionContents = Field(default_factory=SessionContents)
+    generation: int = Field(ge=1)
+    created_at: AwareDatetime
+
+
+class OpenSessionResult(Result):
+    status: Literal["opened"] = "opened"
+
+
+class CloseSessionResult(Result):
+    status: Literal["closed"] = "closed"
+    spent: Spent | None = Field(None, description="The session's last totals; null where it was not there.")
+
+
+class InterruptResult(Result):
+    interrupted: int = Field(description="How many commands were stopped.")
+
+
+class CollectSpentResult(Result):
+    spent: dict[str, Spent] = Field(description="By session: totals that moved since they were last told.")
 
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -280,6 +315,8 @@ class Command:
         control: Whether it travels on the control channel: answered while everything computes, counted neither
             as activity nor as status.
         reaches_lm: Whether it may send requests to a provider.
+        internal: Whether only a kernel's own service asks it, never a caller.
+        kernel_wide: Whether it is asked of the kernel itself: in a pooled one it names no session that is there.
         timeout_s: Its own default deadline, in seconds; None is the service's ``command_timeout``, and
             ``DEFAULT_TIMEOUT_S`` in a kernel that is asked without a service.
     """
@@ -290,6 +327,8 @@ class Command:
     mutates: bool = False
     control: bool = False
     reaches_lm: bool = False
+    internal: bool = False
+    kernel_wide: bool = False
     timeout_s: float | None = None
 
     @property
@@ -324,10 +363,25 @@ _ROWS = (
     Command("inspect_history", InspectHistoryArgs, InspectHistoryResult),
     Command("get_stats", NoArgs, StatsResult, control=True, timeout_s=10.0),
     Command("cancel", CancelArgs, CancelResult, control=True, timeout_s=10.0),
-    Command("ping", NoArgs, PingResult, control=True, timeout_s=10.0),
+    Command("ping", NoArgs, PingResult, control=True, kernel_wide=True, timeout_s=10.0),
+    Command("open_session", OpenSessionArgs, OpenSessionResult, internal=True, kernel_wide=True),
+    Command("close_session", NoArgs, CloseSessionResult, internal=True),
+    Command("interrupt", NoArgs, InterruptResult, control=True, internal=True, timeout_s=10.0),
+    Command(
+        "collect_spent",
+        NoArgs,
+        CollectSpentResult,
+        control=True,
+        internal=True,
+        kernel_wide=True,
+        timeout_s=10.0,
+    ),
 )
 
 COMMANDS: Mapping[str, Command] = MappingProxyType({row.name: row for row in _ROWS})
+
+PUBLIC: Mapping[str, Command] = MappingProxyType({row.name: row for row in _ROWS if not row.internal})
+"""What callers may ask: the rest is between a kernel and its service."""
 
 
 def get_command(name: str) -> Command:
@@ -340,5 +394,5 @@ def get_command(name: str) -> Command:
         return COMMANDS[name]
     except KeyError:
         raise errors.UnknownCommand(
-            f"no command {name!r}: there are {', '.join(sorted(COMMANDS))}", details={"command": name[:128]}
+            f"no command {name!r}: there are {', '.join(sorted(PUBLIC))}", details={"command": name[:128]}
         ) from None

@@ -6,6 +6,9 @@ MAX_REQUEST_BYTES = 8 * 1024 * 1024
 MAX_RESULT_BYTES = 8 * 1024 * 1024
 """A command's result as JSON, in bytes."""
 
+MAX_SESSION_BYTES = 256 * 1024 * 1024
+"""A whole session as JSON, on its way into a pooled kernel."""
+
 MAX_DEPTH = 64
 """Nesting of arrays and objects in a request."""
 
@@ -20,3 +23,6 @@ MAX_RUNNING_COMMANDS = 1000
 
 MAX_TRACEBACK_LINES = 100
 """Lines of a user's traceback in a reply; the middle is cut."""
+
+MAX_MODELS = 100
+"""Models of one session that statistics tell apart; the rest are told as one."""

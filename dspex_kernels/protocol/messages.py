@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dspex_kernels import errors
 from dspex_kernels.protocol import PROTOCOL_VERSION, limits
 from dspex_kernels.protocol.names import RequestId, SessionId
+from dspex_kernels.protocol.records import Change
 
 AS_TEXT, AS_OBJECT = "(as text)", "(as object)"
 """Tags of what may be given as a text or as an object; a finding leaves them out: they are no fields."""
@@ -18,6 +19,11 @@ AS_TEXT, AS_OBJECT = "(as text)", "(as object)"
 REQUEST = "dspex_request"
 REPLY = "dspex_reply"
 EVENT = "dspex_event"
+
+RESTORING = "open_session"
+"""The command that carries a whole session."""
+RESTORING_DEPTH = 8
+"""How much deeper a program record lies in that command than in the one that brought it."""
 
 
 class Message(BaseModel):
@@ -40,6 +46,9 @@ class Request(Message):
         None, description="Seconds until the answer `timeout`; null is the command's default."
     )
     stream: bool = Field(False, description="Report tokens and status as events on the way.")
+    traceparent: str | None = Field(
+        None, max_length=256, description="The caller's span (W3C Trace Context); null is none."
+    )
 
 
 class ErrorContent(BaseModel):
@@ -57,6 +66,10 @@ class Answered(Message):
     request_id: str | None
     kernel_id: str
     generation: int = Field(ge=1, description="How often the session has been given a kernel; 1 is the first.")
+    changes: list[Change] = Field(
+        default_factory=list,
+        description="A pooled kernel's: what the call changed, for the service to make durable before it answers.",
+    )
 
 
 class OkReply(Answered):
@@ -103,7 +116,11 @@ def parse_request(content: Any, *, default_request_id: str | None = None) -> Req
         raise errors.InvalidMessage(
             f'a {REQUEST} carries a JSON object, not {type(content).__name__}: send {{"command": …, "args": {{…}}}}'
         )
-    check_size(content, limits.MAX_REQUEST_BYTES, what="request")  # first: what is no JSON cannot be quoted
+    # First: what is no JSON cannot be quoted. What was accepted piece by piece must come back as a whole.
+    if content.get("command") == RESTORING:
+        check_size(content, limits.MAX_SESSION_BYTES, what="session", max_depth=limits.MAX_DEPTH + RESTORING_DEPTH)
+    else:
+        check_size(content, limits.MAX_REQUEST_BYTES, what="request")
     check_version(content.get("protocol_version", PROTOCOL_VERSION))
     try:
         request = Request.model_validate(content)
@@ -131,18 +148,18 @@ def check_version(version: Any) -> None:
         )
 
 
-def check_size(value: Any, limit: int, *, what: str) -> int:
+def check_size(value: Any, limit: int, *, what: str, max_depth: int = limits.MAX_DEPTH) -> int:
     """The size of ``value`` as JSON, in bytes.
 
     Raises:
-        TooLarge: Over ``limit`` bytes, or nested deeper than ``MAX_DEPTH``.
+        TooLarge: Over ``limit`` bytes, or nested deeper than ``max_depth``.
         InvalidMessage: Not JSON at all.
     """
-    depth = _depth(value, limits.MAX_DEPTH, what)
-    if depth > limits.MAX_DEPTH:
+    depth = _depth(value, max_depth, what)
+    if depth > max_depth:
         raise errors.TooLarge(
-            f"the {what} nests deeper than {limits.MAX_DEPTH} levels: flatten it",
-            details={"limit": limits.MAX_DEPTH, "what": what},
+            f"the {what} nests deeper than {max_depth} levels: flatten it",
+            details={"limit": max_depth, "what": what},
         )
     try:
         size = len(orjson.dumps(value))

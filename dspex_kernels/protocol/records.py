@@ -85,6 +85,9 @@ class ProgramRecord(BaseModel):
     )
     portable: bool = Field(True, description="False when it needs something that only this kernel has.")
     not_portable_because: list[str] = Field(default_factory=list)
+    follows: str | None = Field(
+        None, max_length=256, description='The alias in the program library that it follows: "qa@prod".'
+    )
     dspy_version: str = ""
     created_at: str = Field("", description="UTC, ISO 8601.")
 
@@ -191,8 +194,24 @@ class SessionReset(BaseModel):
     change: Literal["session_reset"] = "session_reset"
 
 
+class ModelSpent(BaseModel):
+    """What went to one model, as a total."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    lm_calls: int = Field(0, ge=0)
+    failed_calls: int = Field(0, ge=0)
+    prompt_tokens: int = Field(0, ge=0)
+    completion_tokens: int = Field(0, ge=0)
+    total_tokens: int = Field(0, ge=0)
+    usd: float = Field(0.0, ge=0, allow_inf_nan=False)
+    unpriced: bool = Field(False, description="A call of unknown price was made.")
+
+
 class Spent(BaseModel):
-    """Journal: what the session has used so far, as a total. Statistics, not a change of state."""
+    """Journal: what the session has used so far, as totals. Statistics, not a change of state.
+
+    ``lm_calls``, ``tokens`` and ``usd`` are what budgets stand on: estimated where nothing was reported.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     change: Literal["spent"] = "spent"
@@ -200,6 +219,12 @@ class Spent(BaseModel):
     tokens: int = Field(0, ge=0)
     # JSON has no infinity: it would be written as null, and the session could never be read again.
     usd: float = Field(0.0, ge=0, allow_inf_nan=False)
+    models: dict[str, ModelSpent] = Field(default_factory=dict, description="By model string.")
+    cache_hits: int = Field(0, ge=0)
+    executions: int = Field(0, ge=0)
+    ok: int = Field(0, ge=0, description="Commands that were answered so.")
+    error: int = Field(0, ge=0)
+    aborted: int = Field(0, ge=0)
 
 
 Change = Annotated[

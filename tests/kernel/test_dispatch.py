@@ -23,6 +23,7 @@ from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook.asker import NotebookAsker
 from dspex_kernels.kernel.programs.tools import Toolbox
 from dspex_kernels.protocol import limits
+from dspex_kernels.protocol.commands import OpenSessionArgs
 from tests.waiting import wait_for
 
 SESSION = "session_0123456789abcdef"
@@ -48,7 +49,7 @@ class Workbench:
         )
         self.answers: dict[str, list[dict[str, Any]]] = {}
 
-    def _open(self, session_id: str) -> Namespace:
+    def _open(self, session_id: str, _opened: OpenSessionArgs | None) -> Namespace:
         toolbox = Toolbox(self.programs)
         return self._namespace(session_id, toolbox=toolbox, policy=LMPolicy(), executor=self.programs)
 

@@ -118,6 +118,12 @@ class LiveKernel:
         assert answer["status"] == "ok", answer
         return dict(answer["result"])
 
+    def open_session(self, session_id: str, contents: dict[str, Any] | None = None, generation: int = 1) -> None:
+        """Let a session into a pooled kernel, as its service does."""
+        args = {"session_id": session_id, "contents": contents or {}, "generation": generation}
+        args["created_at"] = "2026-01-01T00:00:00Z"
+        self.result("open_session", args, session_id=session_id)
+
     def error(self, command: str, args: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
         """A command's error; fails the test when it went well."""
         answer = self.ask(command, args, **options)

@@ -58,6 +58,7 @@ def test_no_session_ever_sees_anothers_canary(
     for number, (session, kernel) in enumerate(home.items()):
         server = servers[number % len(servers)]
         lm = {"model": "openai/canary-model", "api_base": server.api_base, "api_key": _key(session)}
+        kernel.open_session(session)
         kernel.result("configure", {"lm": lm}, session_id=session)
         for kind in KINDS:
             kernel.result("create_program", kind, session_id=session)

@@ -1,9 +1,10 @@
-"""What each command does: ``HANDLERS`` and ``CONTROL`` are the command table's other half.
+"""What each command does: ``HANDLERS`` and ``AT_ONCE`` are the command table's other half.
 
 A handler takes the dispatcher, the call and the parsed arguments, and returns the command's result or raises an
 error of ours. It runs on the command loop; what a session may change it changes under ``namespace.changing``.
-A control handler takes the dispatcher, the namespace and the arguments; it runs at once, in the thread that
-received the message, and only reads, or stops calls.
+A handler of ``AT_ONCE`` takes the dispatcher, the namespace (None where the command is asked of the kernel itself)
+and the arguments; it runs in the thread that received the message, so it is quick: it reads, stops calls, or lets a
+session in.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from dspex_kernels.kernel.handlers import control, execution, programs, settings
+from dspex_kernels.kernel.handlers import control, execution, programs, sessions, settings
 
 HANDLERS: Mapping[str, Callable[..., Awaitable[Any]]] = MappingProxyType(
     {
@@ -26,13 +27,17 @@ HANDLERS: Mapping[str, Callable[..., Awaitable[Any]]] = MappingProxyType(
         "configure": settings.configure,
         "reset": settings.reset,
         "inspect_history": settings.inspect_history,
+        "close_session": sessions.close_session,
     }
 )
 
-CONTROL: Mapping[str, Callable[..., Any]] = MappingProxyType(
+AT_ONCE: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "get_stats": control.get_stats,
         "cancel": control.cancel,
+        "interrupt": control.interrupt,
         "ping": control.ping,
+        "open_session": sessions.open_session,
+        "collect_spent": sessions.collect_spent,
     }
 )

@@ -14,6 +14,7 @@ from dspex_kernels.protocol.commands import (
     CancelArgs,
     CancelResult,
     Counts,
+    InterruptResult,
     NoArgs,
     PingResult,
     StatsResult,
@@ -33,7 +34,7 @@ def get_stats(dispatcher: Dispatcher, namespace: Namespace, _args: NoArgs) -> St
         executions=namespace.executions,
         commands=Counts(**namespace.outcomes, running=dispatcher.running(namespace)),
         lm=models,
-        lm_calls=sum(model.lm_calls for model in models.values()),
+        lm_calls=ledger.lm_calls(),
         cache_hits=ledger.cache_hits,
         total_tokens=sum(model.total_tokens for model in models.values()),
         cost=ledger.cost(),
@@ -52,7 +53,12 @@ def cancel(dispatcher: Dispatcher, namespace: Namespace, args: CancelArgs) -> Ca
     return CancelResult(cancelled=dispatcher.cancel(namespace, args.request_id, reason))
 
 
-def ping(dispatcher: Dispatcher, _namespace: Namespace, _args: NoArgs) -> PingResult:
+def interrupt(dispatcher: Dispatcher, namespace: Namespace, _args: NoArgs) -> InterruptResult:
+    """Stop the session's commands, as Ctrl-C stops those of a kernel of its own."""
+    return InterruptResult(interrupted=dispatcher.interrupt(namespace))
+
+
+def ping(dispatcher: Dispatcher, _namespace: Namespace | None, _args: NoArgs) -> PingResult:
     """The kernel's health."""
     return PingResult(
         kernel_id=dispatcher.identity.kernel_id,

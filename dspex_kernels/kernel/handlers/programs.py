@@ -35,7 +35,7 @@ async def create_program(_dispatcher: Dispatcher, call: Call, args: CreateProgra
     async with namespace.changing:
         version = namespace.next_version(args.program_id, replace=args.replace, if_version=args.if_version)
         record = new_record(args, version, namespace.toolbox, created_at=_now())
-        return await _put(namespace, record)
+        return await _put(call, record)
 
 
 async def import_program(_dispatcher: Dispatcher, call: Call, args: ImportProgramArgs) -> CreateProgramResult:
@@ -48,7 +48,7 @@ async def import_program(_dispatcher: Dispatcher, call: Call, args: ImportProgra
         update = {"program_id": program_id, "version": version, "created_at": _now()}
         record = args.record.model_copy(update={**update, "dspy_version": dspy.__version__})
         check_record(record)
-        return await _put(namespace, record)
+        return await _put(call, record)
 
 
 async def add_module(call: Call, program_id: str, module: dspy.Module) -> CreateProgramResult:
@@ -57,7 +57,7 @@ async def add_module(call: Call, program_id: str, module: dspy.Module) -> Create
     async with namespace.changing:
         version = namespace.next_version(program_id, replace=True, if_version=None)
         program = LiveProgram.from_module(program_id, module, version, created_at=_now())
-        await namespace.commit(ProgramPut(record=program.record), lambda: namespace.keep(program))
+        await namespace.commit(call, ProgramPut(record=program.record), lambda: namespace.keep(program))
         return _created(program)
 
 
@@ -91,13 +91,14 @@ async def delete_program(_dispatcher: Dispatcher, call: Call, args: DeleteProgra
     async with namespace.changing:
         latest = namespace.record(args.program_id).version
         namespace.check_version(args.program_id, latest, args.if_version)
-        await namespace.commit(ProgramDeleted(program_id=args.program_id))
+        await namespace.commit(call, ProgramDeleted(program_id=args.program_id))
     return DeleteProgramResult(program_id=args.program_id)
 
 
-async def _put(namespace: Namespace, record: ProgramRecord) -> CreateProgramResult:
+async def _put(call: Call, record: ProgramRecord) -> CreateProgramResult:
+    namespace = call.namespace
     program = LiveProgram.build(record, namespace.toolbox)
-    await namespace.commit(ProgramPut(record=record), lambda: namespace.keep(program))
+    await namespace.commit(call, ProgramPut(record=record), lambda: namespace.keep(program))
     return _created(program)
 
 

@@ -38,7 +38,7 @@ async def configure(_dispatcher: Dispatcher, call: Call, args: ConfigureArgs) ->
         if "budget" in args.model_fields_set:
             changes["budget"] = args.budget or Budget()
         settings = namespace.contents.settings.model_copy(update=changes)
-        await namespace.change_settings(SettingsChanged(settings=settings), lm, changed=changes)
+        await namespace.change_settings(call, SettingsChanged(settings=settings), lm, changed=changes)
         return ConfigureResult(settings=_without_secrets(settings))
 
 
@@ -63,7 +63,7 @@ async def reset(_dispatcher: Dispatcher, call: Call, _args: NoArgs) -> ResetResu
     namespace = call.namespace
     async with namespace.changing:
         programs = len(namespace.contents.programs)
-        await namespace.change_settings(SessionReset(), None, changed=("lm", "adapter"))
+        await namespace.change_settings(call, SessionReset(), None, changed=("lm", "adapter"))
         namespace.history.clear()
         return ResetResult(programs=programs)
 
