@@ -8,7 +8,7 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from traitlets import Bool, List, TraitError, Tuple, Unicode
+from traitlets import Bool, Dict, Float, Int, List, TraitError, Tuple, Unicode, validate
 from traitlets.config import Configurable
 
 from dspex_kernels import errors
@@ -27,8 +27,14 @@ ENV_GENERATION = "DSPEX_GENERATION"
 """How often the session has been given a kernel; 1 is the first."""
 ENV_KERNEL_ID = "DSPEX_KERNEL_ID"
 """The kernel's id at its service; absent, it is read off the connection file's name."""
+ENV_ALLOW_CODE = "DSPEX_ALLOW_CODE"
+"""``0``: the session takes data only, no cells. A pooled kernel never takes code."""
 ENV_LM_POLICY = "DSPEX_LM_POLICY"
 """An LMPolicy as JSON."""
+ENV_PROVIDER_LIMITS = "DSPEX_PROVIDER_LIMITS"
+"""The ProviderLimits as JSON."""
+ENV_LIMITS_DIR = "DSPEX_LIMITS_DIR"
+"""Where the kernels of a service share what they count for the provider limits (0700)."""
 
 
 class LMPolicy(Configurable):
@@ -151,3 +157,109 @@ def host_of(api_base: str | None) -> str:
             '("https://llm.example.org/v1"), without user name or password: credentials are the api_key'
         )
     return urlsplit(api_base).netloc.lower()
+
+
+QUOTAS = ("requests_per_minute", "tokens_per_minute")
+"""What ProviderLimits may limit."""
+MAX_QUOTA = 10**9
+"""The largest number a minute may be limited to."""
+
+
+class ProviderLimits(Configurable):
+    """What all kernels of a service together may ask of a provider, and when they leave a failing one alone.
+
+    A quota holds for each endpoint and key by itself, in any 60 seconds: a provider's own address is one endpoint,
+    each host that an ``api_base`` names is another. The circuit breaker holds for an endpoint, whoever's the key.
+    """
+
+    limits = Dict(
+        help='Per host of an api_base ("llm.example.org", "127.0.0.1:8000"), per provider ("openai") or for all '
+        'others ("*"): {"openai": {"requests_per_minute": 500, "tokens_per_minute": 200000}}; the narrowest name '
+        "counts, alone.",
+    ).tag(config=True)
+    breaker_failures = Int(
+        5,
+        min=0,
+        max=32,
+        help="After so many failures in a row (not reached, no answer in time, a server's error) requests to an "
+        "endpoint are refused at once; 0 never refuses.",
+    ).tag(config=True)
+    breaker_window = Float(60.0, min=0.001, max=3600.0, help="Seconds within which those failures must come.").tag(
+        config=True
+    )
+    breaker_reset = Float(
+        30.0, min=0.001, max=3600.0, help="Seconds after which one request may try the endpoint again."
+    ).tag(config=True)
+
+    def quota_of(self, host: str, provider: str) -> tuple[str, dict[str, int]]:
+        """The quota for an endpoint: under which name it stands, and its numbers; ("", {}) when there is none.
+
+        Args:
+            host: Host and port of its ``api_base``; "" is the provider's own address.
+            provider: The model string's first part.
+        """
+        bare = re.sub(r":[0-9]+$", "", host)
+        for name in (host, bare, provider.lower(), "*"):
+            if name and name in self.limits:
+                return name, self.limits[name]
+        return "", {}
+
+    def to_json(self) -> str:
+        """The limits for a kernel's environment (``DSPEX_PROVIDER_LIMITS``)."""
+        return json.dumps({name: getattr(self, name) for name in _LIMIT_TRAITS})
+
+    @classmethod
+    def from_json(cls, text: str) -> ProviderLimits:
+        """The limits that ``to_json`` wrote.
+
+        Raises:
+            ValueError: It holds a name that is not known, which could have been meant as a limit.
+            TraitError: A limit is none.
+        """
+        data = json.loads(text)
+        unknown = sorted(set(data) - set(_LIMIT_TRAITS)) if isinstance(data, dict) else ["no object"]
+        if unknown:
+            raise ValueError(
+                f"{ENV_PROVIDER_LIMITS} holds {', '.join(unknown)}: there are {', '.join(_LIMIT_TRAITS)}"
+            )
+        return cls(**data)
+
+    @validate("limits")
+    def _check_limits(self, proposal: Any) -> dict[str, dict[str, int]]:
+        return {_limited_name(name): _checked_quota(name, quota) for name, quota in proposal["value"].items()}
+
+    def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
+        """Called by traitlets with the configuration. It only warns of a name it does not know."""
+        known = set(self.trait_names(config=True))
+        unknown = [name for name in self._find_my_config(cfg) if name not in known and not name[0].isupper()]
+        if unknown:
+            raise TraitError(
+                f"ProviderLimits has no {', '.join(unknown)}: there are {', '.join(_LIMIT_TRAITS)}; a limit that "
+                "is misspelt would limit nothing"
+            )
+        super()._load_config(cfg, section_names, traits)
+
+
+_LIMIT_TRAITS = ("limits", "breaker_failures", "breaker_window", "breaker_reset")
+
+
+def _limited_name(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(
+        r"\*|[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?", name
+    ):
+        raise TraitError(
+            f'ProviderLimits.limits: {name!r} is no name of an endpoint: give a host ("llm.example.org:8000"), a '
+            'provider ("openai"), or "*"; no scheme and no path'
+        )
+    return name.lower()
+
+
+def _checked_quota(name: str, quota: Any) -> dict[str, int]:
+    if not isinstance(quota, dict) or not quota or set(quota) - set(QUOTAS):
+        raise TraitError(f"ProviderLimits.limits[{name!r}] is {quota!r}: give {' or '.join(QUOTAS)}, or both")
+    for what, number in quota.items():
+        if type(number) is not int or not 1 <= number <= MAX_QUOTA:
+            raise TraitError(
+                f"ProviderLimits.limits[{name!r}]: {what} is {number!r}: give a whole number from 1 to {MAX_QUOTA}"
+            )
+    return dict(quota)

@@ -34,6 +34,7 @@ The tree::
     │   ├─ PolicyDenied              policy_denied
     │   ├─ BudgetExceeded            budget_exceeded
     │   ├─ BudgetUnpriced            budget_unpriced
+    │   ├─ ProviderUnavailable       provider_unavailable it failed too often of late: nothing is sent there
     │   └─ ProviderFailure           (DSPy's own code: rate_limit, auth, server, transport, …)
     ├─ CallError
     │   ├─ CommandTimeout            timeout
@@ -275,6 +276,12 @@ class BudgetExceeded(LMFailure):
 class BudgetUnpriced(LMFailure):
     code = "budget_unpriced"
     http_status = 422
+
+
+class ProviderUnavailable(LMFailure):
+    code = "provider_unavailable"
+    http_status = 503
+    retryable = True
 
 
 class ProviderFailure(LMFailure):

@@ -11,21 +11,26 @@ from hashlib import sha256
 from pathlib import Path
 
 import dspy
+import zmq
 from dspy.dsp.utils.settings import main_thread_config
+from ipykernel import kernelapp
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_core.paths import jupyter_data_dir
 from traitlets import Float, TraitError
 from traitlets.config import catch_config_error
 
 from dspex_kernels import config, errors
-from dspex_kernels.kernel.calls import SETTING
-from dspex_kernels.kernel.dispatch import MAX_THREADS, CommandThread, Dispatcher, Identity
+from dspex_kernels.kernel.calls import SETTING, Call
+from dspex_kernels.kernel.dispatch import CommandThread, Dispatcher, Identity
+from dspex_kernels.kernel.iopub import CountingIOPubThread
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.kernel import DSPexKernel
 from dspex_kernels.kernel.lms import cache, gate, history
+from dspex_kernels.kernel.lms.endpoints import Endpoints
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook import display, magics
-from dspex_kernels.kernel.programs.tools import Toolbox
+from dspex_kernels.kernel.shelf import Shelf
+from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
 from dspex_kernels.protocol.commands import OpenSessionArgs
 from dspex_kernels.protocol.names import is_session_id
 from dspex_kernels.protocol.records import SessionContents
@@ -61,9 +66,19 @@ class DSPexKernelApp(IPKernelApp):
             self.log.critical("this kernel cannot start: %s", refusal.message)
             self.exit(1)
 
+    def init_iopub(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Called with the other sockets: from the first subscription on, count who listens."""
+        # Swapped for this moment: replaced later, the thread would have seen subscriptions that nobody counted.
+        stock, kernelapp.IOPubThread = kernelapp.IOPubThread, CountingIOPubThread
+        try:
+            super().init_iopub(context)
+        finally:
+            kernelapp.IOPubThread = stock
+
     def init_kernel(self) -> None:
         """Called once the sockets are bound: build the dispatcher, then the kernel around it."""
-        self.programs = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="dspex-program")
+        self.threads = Threads()
+        self.shelf = Shelf()
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
         thread = CommandThread()
         self.policy = self._policy()
@@ -71,10 +86,11 @@ class DSPexKernelApp(IPKernelApp):
             self._identity(),
             open_namespace=self._open_namespace,
             thread=thread,
-            programs=self.programs,
+            threads=self.threads,
             heartbeat_interval=self.heartbeat_interval,
         )
-        gate.install(thread.loop, self.policy)
+        self.dispatcher.clients = self.iopub_thread.clients
+        gate.install(thread.loop, self.policy, Endpoints.from_environment())
         history.install()
         cache.install()
         # The first thread that configures owns DSPy's settings: it must be the one where cells run.
@@ -92,7 +108,7 @@ class DSPexKernelApp(IPKernelApp):
         if self.dispatcher.identity.session_id is None:
             return
         namespace = self.dispatcher.namespace(None)
-        main_thread_config[SETTING] = namespace.cells
+        main_thread_config[SETTING] = Call(namespace)
         namespace.restore_settings()
         magics.load(self.shell, self.kernel.asker)
 
@@ -108,13 +124,16 @@ class DSPexKernelApp(IPKernelApp):
         if not (generation.isdecimal() and int(generation) > 0):
             raise errors.InvalidSession(f"{config.ENV_GENERATION}={generation!r}: give a whole number from 1")
         if os.environ.get(config.ENV_BACKEND) == "pooled":
-            return Identity(kernel_id, None, int(generation))
+            return Identity(kernel_id, None, int(generation), allow_code=False)
         session_id = os.environ.get(config.ENV_SESSION_ID)
         if session_id is None:
             session_id = f"session_{sha256(str(path).encode()).hexdigest()[:16]}"
         elif not is_session_id(session_id):
             raise errors.InvalidSession(f"{config.ENV_SESSION_ID}={session_id!r} cannot be a session's id")
-        return Identity(kernel_id, session_id, int(generation))
+        allow_code = os.environ.get(config.ENV_ALLOW_CODE) or "1"
+        if allow_code not in ("0", "1"):
+            raise errors.InvalidSession(f"{config.ENV_ALLOW_CODE}={allow_code!r}: give 0 or 1")
+        return Identity(kernel_id, session_id, int(generation), allow_code=allow_code == "1")
 
     @staticmethod
     def _policy() -> config.LMPolicy:
@@ -130,7 +149,8 @@ class DSPexKernelApp(IPKernelApp):
         if opened is not None:
             return Namespace(
                 session_id,
-                toolbox=Toolbox(self.programs),
+                lane=self.threads.lane(),
+                shelf=self.shelf,
                 policy=self.policy,
                 executor=self.journals,
                 contents=opened.contents,
@@ -141,7 +161,8 @@ class DSPexKernelApp(IPKernelApp):
         journal, contents = self._open_journal(session_id)
         return Namespace(
             session_id,
-            toolbox=Toolbox(self.programs),
+            lane=self.threads.lane(MAX_THREADS_ALONE),
+            shelf=self.shelf,
             policy=self.policy,
             executor=self.journals,
             journal=journal,

@@ -63,6 +63,8 @@ class Call:
         self.changes: list[Change] = []
         """What it changed in a pooled kernel, where the reply carries that to the store."""
         self.stopped: DSPexError | None = None
+        self.stopped_at: float | None = None
+        """When, on the ``time.monotonic`` clock; None while it goes on."""
         self.last_provider_error: Exception | None = None
         self.last_event_at = time.monotonic()
         self._emit = emit
@@ -78,7 +80,7 @@ class Call:
         with self._lock:
             if self.stopped is not None:
                 return
-            self.stopped = error
+            self.stopped, self.stopped_at = error, time.monotonic()
             tasks = [t for t in (self._task, *self._requests) if t is not None]
             running, abandon = self._task, self._abandon
         for task in tasks:
@@ -86,6 +88,10 @@ class Call:
         if running is not None and abandon is not None and not running.get_loop().is_closed():
             loop = running.get_loop()
             loop.call_soon_threadsafe(loop.call_later, STOPPING_TIME, abandon)
+
+    def is_overdue(self) -> bool:
+        """Whether it was stopped so long ago that what still runs for it ignores its end."""
+        return self.stopped_at is not None and time.monotonic() - self.stopped_at > STOPPING_TIME
 
     def check(self) -> None:
         """Let the call go on.

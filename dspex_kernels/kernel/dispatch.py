@@ -8,9 +8,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from dspex_kernels import errors
@@ -19,15 +21,16 @@ from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.failures import explain
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.secrecy import scrub
+from dspex_kernels.kernel.threads import Threads
 from dspex_kernels.protocol import limits
-from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, OpenSessionArgs, get_command
+from dspex_kernels.protocol.commands import COMMANDS, DEFAULT_TIMEOUT_S, Command, OpenSessionArgs, get_command
 from dspex_kernels.protocol.messages import Request, check_size, parse_request
 from dspex_kernels.protocol.records import Spent
 
 log = logging.getLogger(__name__)
 
-MAX_THREADS = 64
-"""Threads for programs without an async path, of all sessions of this kernel."""
+MAX_HOPS = 64
+"""Threads of the command loop's default executor."""
 
 CLOSING_TIME = 2.0
 """Seconds in which stopped commands must have ended when their session or the kernel is closed."""
@@ -44,11 +47,13 @@ class Identity:
         kernel_id: As its service knows it.
         session_id: Its one session; None in a pooled kernel.
         generation: How often the session has been given a kernel.
+        allow_code: Whether it runs cells, or takes data only.
     """
 
     kernel_id: str
     session_id: str | None
     generation: int = 1
+    allow_code: bool = True
 
 
 class Ask:
@@ -57,7 +62,7 @@ class Ask:
     Args:
         content: The message's content; anything may come.
         message_id: Names the call where the caller did not.
-        reply: Sends the reply's content; called once, from any thread.
+        reply: Sends the reply's content; called once, from any thread, after ``claim``.
         emit: Sends an event's content; called from any thread. None drops them.
         context: The variables that the command runs with (its output's parent); None is a copy of the caller's.
         began: Told that the command runs, before its handler does. Control commands do not tell.
@@ -80,7 +85,7 @@ class Ask:
         self.emit = emit
         self.context = context or contextvars.copy_context()
         self._began, self._ended = began, ended
-        self._reply = reply
+        self.reply = reply
         self._lock = threading.Lock()
         self._answered = False
 
@@ -92,18 +97,11 @@ class Ask:
         if self._ended is not None:
             self._ended()
 
-    def answer(self, content: dict[str, Any], more: Callable[[], dict[str, Any]] | None = None) -> None:
-        """Send the reply, unless one was sent.
-
-        Args:
-            content: The reply's content.
-            more: Gives what may be told only once; called if this is the reply.
-        """
+    def claim(self) -> bool:
+        """Take the right to reply: true once. Who has it calls ``reply`` at once."""
         with self._lock:
-            if self._answered:
-                return
-            self._answered = True
-        self._reply({**content, **more()} if more is not None else content)
+            claimed, self._answered = not self._answered, True
+            return claimed
 
 
 class CommandThread(threading.Thread):
@@ -117,7 +115,7 @@ class CommandThread(threading.Thread):
         super().__init__(name="dspex-commands", daemon=True)
         self.loop = asyncio.new_event_loop()
         # DSPy hops through the default executor several times a call: user code never runs in it.
-        self.loop.set_default_executor(ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="dspex-dspy"))
+        self.loop.set_default_executor(ThreadPoolExecutor(MAX_HOPS, thread_name_prefix="dspex-dspy"))
         self._stopping = False
 
     def run(self) -> None:
@@ -148,7 +146,7 @@ class Dispatcher:
         open_namespace: Makes a session's namespace from what the service's store holds, or (None) from its
             journal; called in the thread that received a message, so it must be quick.
         thread: Where commands run; started by ``start``.
-        programs: The executor for programs without an async path.
+        threads: Where programs without an async path run.
         heartbeat_interval: Seconds of silence after which a running command reports that it lives.
     """
 
@@ -158,22 +156,32 @@ class Dispatcher:
         *,
         open_namespace: Callable[[str, OpenSessionArgs | None], Namespace],
         thread: CommandThread,
-        programs: ThreadPoolExecutor,
+        threads: Threads,
         heartbeat_interval: float,
     ) -> None:
         self.identity = identity
         self.thread = thread
         self.loop = thread.loop
-        self.programs = programs
+        self.threads = threads
         self.heartbeat_interval = heartbeat_interval
         self.started_at = time.monotonic()
+        self.answered = 0
+        """Commands of sessions that were answered."""
+        self.last_activity: datetime | None = None
+        """Of any session: its last command or cell; None before the first."""
+        self.clients: Callable[[], int | None] = lambda: None
+        """Tells how many listen to iopub; None where unknown. Set by the application."""
         self._open_namespace = open_namespace
-        # Guards the three below; submit comes from the shell, control and main threads.
+        # Guards the five below; submit comes from the shell, control and main threads.
         self._lock = threading.Lock()
         self._closed = False
         self._namespaces: dict[str, Namespace] = {}
         self._running: dict[tuple[str, str], Call] = {}
+        self._cells = 0
+        self._probed_at: float | None = None
+        """When the command loop was asked to come round; None when it has."""
         self._tasks: dict[asyncio.Task[None], Call] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._next_beat: asyncio.TimerHandle | None = None
         self._writing_spent: asyncio.Task[None] | None = None
 
@@ -198,11 +206,12 @@ class Dispatcher:
                 namespace = self.namespace(request.session_id)
             if command.name in handlers.AT_ONCE:
                 result = handlers.AT_ONCE[command.name](self, namespace, args)
-                ask.answer(self._ok(request, namespace, result))
+                self._send(ask, self._ok(request, namespace, result))
                 return None
             assert namespace is not None  # what is asked of the kernel itself is answered at once
             call = self._admit(ask, request, command, namespace, args)
-            namespace.touch()
+            if not command.internal:
+                self._touch(namespace)
             return call
         except errors.DSPexError as refusal:
             self._refuse(ask, request, namespace, refusal)
@@ -234,11 +243,14 @@ class Dispatcher:
             if namespace is None and own is not None:
                 namespace = self._namespaces[wanted] = self._open_namespace(wanted, None)
         if namespace is None:
-            raise errors.SessionNotReady(
-                f"session {wanted!r} is not in this kernel: its service opens it here with open_session",
-                details={"session_id": wanted, "kernel_id": self.identity.kernel_id},
-            )
+            raise self._not_here(wanted)
         return namespace
+
+    def _not_here(self, session_id: str) -> errors.SessionNotReady:
+        return errors.SessionNotReady(
+            f"session {session_id!r} is not in this kernel: its service opens it here with open_session",
+            details={"session_id": session_id, "kernel_id": self.identity.kernel_id},
+        )
 
     def open(self, args: OpenSessionArgs) -> None:
         """Let a session into this pooled kernel; one that is there already is replaced by what the store holds.
@@ -254,26 +266,36 @@ class Dispatcher:
             )
         namespace = self._open_namespace(args.session_id, args)
         with self._lock:
+            if self._closed:
+                raise errors.KernelDied("the kernel is shutting down", retryable=True)
+            replaced = self._namespaces.get(args.session_id)
             self._namespaces[args.session_id] = namespace
+            if replaced is not None:
+                self.loop.call_soon_threadsafe(self._begin_to_close, replaced, None)
 
     async def drop(self, call: Call) -> None:
-        """Let a session go: what else of it runs is stopped, what it holds open is closed."""
+        """Let a session go: what else of it runs is stopped, what it holds open is closed.
+
+        Bounded, though programs ignore their end, and done though the call itself is stopped meanwhile.
+
+        Raises:
+            SessionMismatch: This is a dedicated kernel.
+        """
         namespace = call.namespace
+        if self.identity.session_id is not None:
+            raise errors.SessionMismatch(
+                f"this kernel serves session {namespace.session_id!r} alone, which goes when it is shut down",
+                details={"session_id": namespace.session_id},
+            )
         with self._lock:
             if self._namespaces.get(namespace.session_id) is namespace:
                 del self._namespaces[namespace.session_id]
-        others = {task: other for task, other in self._tasks.items() if other.namespace is namespace}
-        for task, other in list(others.items()):
-            if other is call:
-                del others[task]
-            else:
-                other.stop(errors.CommandCancelled(f"session {namespace.session_id!r} was closed during the call"))
-        if others:
-            await asyncio.wait(others, timeout=CLOSING_TIME)
-        await namespace.close()
+        await asyncio.shield(self._begin_to_close(namespace, call))
 
     def untold_spent(self) -> dict[str, Spent]:
-        """What sessions of this pooled kernel have spent since that was last told."""
+        """What sessions of this pooled kernel have spent since that was last told; a dedicated one writes it."""
+        if self.identity.session_id is not None:
+            return {}
         with self._lock:
             namespaces = {call.namespace.session_id: call.namespace for call in self._running.values()}
         told = {session_id: namespace.untold_spent() for session_id, namespace in namespaces.items()}
@@ -292,10 +314,10 @@ class Dispatcher:
         """Stop every running command, or one session's, as Ctrl-C does; how many. From signal handlers too."""
         # No lock: a handler may interrupt the very code that holds it. A copied dict is a consistent one.
         calls = [c for c in self._running.copy().values() if namespace is None or c.namespace is namespace]
+        details = {"by": "SIGINT" if namespace is None else "interrupt"}
         for call in calls:
-            self.loop.call_soon_threadsafe(
-                call.stop, errors.CommandInterrupted(f"{call.command} was interrupted", details={"by": "SIGINT"})
-            )
+            reason = errors.CommandInterrupted(f"{call.command} was interrupted", details=details)
+            self.loop.call_soon_threadsafe(call.stop, reason)
         return len(calls)
 
     def running(self, namespace: Namespace | None = None) -> int:
@@ -308,10 +330,44 @@ class Dispatcher:
         with self._lock:
             return len(self._namespaces)
 
-    async def in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run a program without an async path in a thread of its own kind, with the caller's context."""
+    def stuck(self) -> int:
+        """How many calls were answered, whose programs ignore their end and go on."""
+        calls = {*self._running.copy().values(), *self.threads.busy_with()}
+        return sum(call.is_overdue() for call in calls)
+
+    def lag(self) -> float:
+        """Seconds for which the command loop has not come round, and a new question to it.
+
+        No clock ticks for that: the question that was asked before is the measure, so the first one after a long
+        time tells nothing.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if self._probed_at is not None:
+                return now - self._probed_at
+            if not self._closed:
+                self._probed_at = now
+                self.loop.call_soon_threadsafe(self._came_round)
+            return 0.0
+
+    @contextmanager
+    def in_notebook(self) -> Iterator[None]:
+        """A cell runs, or another message of a notebook is handled: that is activity, like a command."""
+        self._count_cell(1)
+        try:
+            yield
+        finally:
+            self._count_cell(-1)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a cell runs. Commands are counted by ``running``."""
+        return self._cells > 0
+
+    async def in_thread(self, call: Call, work: Callable[[], Any]) -> Any:
+        """Run a program without an async path in a thread of its session's lane, with the caller's context."""
         context = contextvars.copy_context()
-        return await self.loop.run_in_executor(self.programs, context.run, _without_stop_iteration, work)
+        return await self.loop.run_in_executor(call.namespace.lane, context.run, _without_stop_iteration, work)
 
     def close(self, reason: errors.DSPexError, timeout: float = 5.0) -> None:
         """Answer what runs with ``reason``, close every session, end the thread. From any other thread."""
@@ -326,7 +382,7 @@ class Dispatcher:
             except Exception:
                 log.warning("the sessions did not close in %.1f s", timeout, exc_info=True)
         self.thread.stop(timeout)
-        self.programs.shutdown(wait=False, cancel_futures=True)
+        self.threads.close()
 
     # Below: on the command loop.
 
@@ -334,6 +390,28 @@ class Dispatcher:
         self._beat()
         if self.identity.session_id is not None:  # a pooled kernel tells its service
             self._writing_spent = self.loop.create_task(self._write_spent())
+
+    def _begin_to_close(self, namespace: Namespace, by: Call | None) -> asyncio.Task[None]:
+        """Stop what runs in a namespace that no new call reaches, the call ``by`` apart; close it in a task."""
+        reason = errors.CommandCancelled(f"session {namespace.session_id!r} was closed during the call")
+        with self._lock:
+            running = [c for c in self._running.values() if c.namespace is namespace and c is not by]
+        for call in running:
+            call.stop(reason)
+        closing = self.loop.create_task(self._close_namespace(namespace, by))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        return closing
+
+    async def _close_namespace(self, namespace: Namespace, by: Call | None) -> None:
+        await asyncio.sleep(0)  # what was admitted and not launched yet is a task after that
+        if tasks := [t for t, c in self._tasks.items() if c.namespace is namespace and c is not by]:
+            await asyncio.wait(tasks, timeout=CLOSING_TIME)
+        await namespace.close()
+
+    def _came_round(self) -> None:
+        with self._lock:
+            self._probed_at = None
 
     async def _write_spent(self) -> None:
         while True:
@@ -348,10 +426,12 @@ class Dispatcher:
             self._next_beat.cancel()
         for call in list(self._running.values()):
             call.stop(reason)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSING_TIME)
-        for namespace in list(self._namespaces.values()):
-            await namespace.close()
+        if ending := [*self._tasks, *self._closing]:
+            await asyncio.wait(ending, timeout=CLOSING_TIME)
+        closed = [namespace.close() for namespace in self._namespaces.values()]
+        for failure in await asyncio.gather(*closed, return_exceptions=True):
+            if failure is not None:
+                log.error("a session did not close", exc_info=failure)
 
     def _admit(self, ask: Ask, request: Request, command: Command, namespace: Namespace, args: Any) -> Call:
         assert request.request_id is not None
@@ -369,12 +449,14 @@ class Dispatcher:
         with self._lock:
             if self._closed:
                 raise errors.KernelDied("the kernel is shutting down", retryable=command.repeatable)
+            if self._namespaces.get(namespace.session_id) is not namespace:
+                raise self._not_here(namespace.session_id)
             if key in self._running:
                 raise errors.DuplicateRequest(
                     f"request {request.request_id!r} is running already: give each call an id of its own",
                     details={"request_id": request.request_id},
                 )
-            if namespace.running >= limits.MAX_RUNNING_COMMANDS:
+            if namespace.running >= limits.MAX_RUNNING_COMMANDS and not command.internal:
                 raise errors.TooLarge(
                     f"session {namespace.session_id!r} has {limits.MAX_RUNNING_COMMANDS} commands running, the "
                     "limit: wait for some of them",
@@ -405,7 +487,7 @@ class Dispatcher:
             ask.began()
             with call.running_in(task, abandon):
                 result = await handlers.HANDLERS[command.name](self, call, args)
-            ask.answer(self._ok(request, call.namespace, result), lambda: self._ended(call, "ok"))
+            self._send(ask, self._ok(request, call.namespace, result), call)
         except BaseException as failure:  # noqa: BLE001  # a program's sys.exit() too is its failure only
             self._fail(ask, request, call, failure)
         finally:
@@ -413,7 +495,8 @@ class Dispatcher:
             with self._lock:
                 self._running.pop((call.namespace.session_id, call.request_id or ""), None)
                 call.namespace.running -= 1
-            call.namespace.touch()
+            if not command.internal:
+                self._touch(call.namespace)
             ask.ended()
 
     def _fail(self, ask: Ask, request: Request, call: Call, failure: BaseException) -> None:
@@ -449,17 +532,35 @@ class Dispatcher:
         secrets = namespace.secrets if namespace is not None else ()
         # Not orjson: a failure of user code may hold lone surrogates and integers of any size.
         text = json.dumps(content, default=str, ensure_ascii=False, skipkeys=True)
-        answer = json.loads(scrub(text.encode(errors="replace").decode(), secrets))
-        ask.answer(answer, (lambda: self._ended(call, error.status)) if call is not None else None)
+        self._send(ask, json.loads(scrub(text.encode(errors="replace").decode(), secrets)), call)
 
-    def _ended(self, call: Call, outcome: str) -> dict[str, Any]:
-        """Count a call. What a pooled kernel's reply carries to the store: its changes, the session's totals."""
-        call.namespace.outcomes[outcome] += 1
-        if not call.namespace.shares_process:
-            return {}
+    def _send(self, ask: Ask, content: dict[str, Any], call: Call | None = None) -> None:
+        """Send the reply, unless one was sent; ``call`` is counted then, and its changes go with it."""
+        if not ask.claim():
+            return
+        if call is not None:
+            if not COMMANDS[call.command].internal:
+                self.answered += 1
+                call.namespace.outcomes[content["status"]] += 1
+            if call.namespace.shares_process:
+                content["changes"] = self._carried(call)
+        ask.reply(content)
+
+    @staticmethod
+    def _carried(call: Call) -> list[dict[str, Any]]:
+        """What a pooled kernel's reply carries to the store: the call's changes, and its session's totals."""
         spent = call.namespace.untold_spent()
         changes = [*call.changes, spent] if spent is not None else call.changes
-        return {"changes": [change.model_dump(mode="json") for change in changes]}
+        return [change.model_dump(mode="json") for change in changes]
+
+    def _touch(self, namespace: Namespace) -> None:
+        self.last_activity = datetime.now(UTC)
+        namespace.touch()
+
+    def _count_cell(self, one: int) -> None:
+        with self._lock:
+            self._cells += one
+        self.last_activity = datetime.now(UTC)
 
     def _told(
         self, request: Request | None, namespace: Namespace | None, message_id: str | None = None

@@ -25,6 +25,13 @@ from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION
 from dspex_kernels.protocol.commands import COMMANDS
 from dspex_kernels.protocol.messages import EVENT, REPLY, REQUEST
 
+NEEDS_CODE = (
+    *("execute_request", "complete_request", "inspect_request", "comm_open", "comm_msg", "comm_close"),
+    *("debug_request", "create_subshell_request", "delete_subshell_request", "list_subshell_request"),
+    "history_request",  # IPython's history is the user's, of all kernels
+)
+"""Messages that a kernel refuses which takes data only."""
+
 RUN_USER_CODE = ("complete_request", "inspect_request", "comm_open", "comm_msg", "comm_close")
 """Shell messages besides cells that call what a notebook wrote: attributes, widgets' callbacks."""
 
@@ -48,6 +55,12 @@ class DSPexKernel(IPythonKernel):
         super().__init__(**kwargs)
         for name in RUN_USER_CODE:
             self.shell_handlers[name] = self._interruptible(self.shell_handlers[name])
+        if self.dispatcher.identity.allow_code:
+            for name in ("execute_request", *RUN_USER_CODE):
+                self.shell_handlers[name] = self._counted(self.shell_handlers[name])
+            return
+        for handlers in (self.shell_handlers, self.control_handlers):
+            handlers.update({name: self._refuse_code for name in NEEDS_CODE if name in handlers})
 
     # What a client sees of us
 
@@ -56,13 +69,15 @@ class DSPexKernel(IPythonKernel):
         """Stock information, and that we speak DSPex: with which session, in which version."""
         info: dict[str, Any] = super().kernel_info
         identity = self.dispatcher.identity
-        info["supported_features"] = [*info["supported_features"], FEATURE]
+        stock = info["supported_features"] if identity.allow_code else []  # the debugger, subshells
+        info["supported_features"] = [*stock, FEATURE]
         info[FEATURE] = {
             "protocol_version": PROTOCOL_VERSION,
             "session_id": identity.session_id,
             "backend": "dedicated" if identity.session_id else "pooled",
             "kernel_id": identity.kernel_id,
             "generation": identity.generation,
+            "allow_code": identity.allow_code,
             "version": __version__,
         }
         return info
@@ -143,6 +158,30 @@ class DSPexKernel(IPythonKernel):
 
     def _send_event(self, event: dict[str, Any], parent: dict[str, Any]) -> None:
         self.session.send(self.iopub_socket, EVENT, event, parent=parent, ident=self._topic(EVENT))
+
+    # Code
+
+    def _counted(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def handle(stream: Any, ident: Any, parent: dict[str, Any]) -> None:
+            with self.dispatcher.in_notebook():
+                handled = handler(stream, ident, parent)
+                if inspect.isawaitable(handled):
+                    await handled
+
+        return handle
+
+    async def _refuse_code(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
+        """The handler of messages that run code, or belong to it, where none is allowed."""
+        msg_type = parent["header"]["msg_type"]
+        why = f"{msg_type} is refused: this kernel takes data only; send it commands ({REQUEST})"
+        refusal = {"ename": errors.PolicyDenied.__name__, "evalue": why, "traceback": [why]}
+        if not msg_type.endswith("_request"):  # a comm's message has no reply
+            self.log.warning(why)
+            return
+        content = {"status": "error", **refusal, "execution_count": 0}
+        if msg_type == "execute_request":
+            self.session.send(self.iopub_socket, "error", refusal, parent=parent, ident=self._topic("error"))
+        self.session.send(stream, msg_type.replace("_request", "_reply"), content, parent, ident=ident)
 
     # Status
 

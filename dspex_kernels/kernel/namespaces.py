@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -19,10 +18,12 @@ from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.ledger import Ledger
-from dspex_kernels.kernel.lms import history
+from dspex_kernels.kernel.lms.history import MAX_BYTES, MAX_BYTES_ALONE, History
 from dspex_kernels.kernel.lms.profiles import SessionLM, build_adapter, build_lm
 from dspex_kernels.kernel.programs.live import LiveProgram
 from dspex_kernels.kernel.programs.tools import Toolbox
+from dspex_kernels.kernel.shelf import Shelf
+from dspex_kernels.kernel.threads import Lane
 from dspex_kernels.protocol import limits
 from dspex_kernels.protocol.records import (
     AdapterName,
@@ -37,8 +38,8 @@ from dspex_kernels.protocol.records import (
 
 log = logging.getLogger(__name__)
 
-MAX_LIVE = 256
-"""Programs of one session kept built; others are built again from their records when they are used."""
+LM_KEY = "lm"
+"""Under which key a session's language model stands on the shelf, beside the ids of its programs."""
 
 
 class Namespace:
@@ -48,7 +49,8 @@ class Namespace:
 
     Args:
         session_id: Whose.
-        toolbox: Tools, rewards and modules that its programs may name.
+        lane: Threads for its blocking programs and tools.
+        shelf: Counts what is kept built, of all sessions of this process.
         policy: What its LM profile may name.
         executor: Runs the journal's writes.
         journal: Where changes are durable before they are acknowledged; None where the service's store is
@@ -60,11 +62,18 @@ class Namespace:
         created_at: When the session was made; None is now.
     """
 
+    __slots__ = (
+        *("__weakref__", "changing", "contents", "created_at", "executions", "generation", "history", "lane"),
+        *("last_activity", "ledger", "outcomes", "running", "session_id", "shares_process", "toolbox"),
+        *("_closed", "_executor", "_journal", "_live", "_lm", "_policy", "_secrets", "_shelf", "_told_spent"),
+    )
+
     def __init__(
         self,
         session_id: str,
         *,
-        toolbox: Toolbox,
+        lane: Lane,
+        shelf: Shelf,
         policy: LMPolicy,
         executor: Executor,
         journal: Journal | None = None,
@@ -74,15 +83,17 @@ class Namespace:
         created_at: datetime | None = None,
     ) -> None:
         self.session_id = session_id
-        self.toolbox = toolbox
+        self.lane = lane
+        self.toolbox = Toolbox(lane)
+        """Tools, rewards and modules that its programs may name."""
         self.contents = contents or SessionContents()
         self.shares_process = shares_process
         self.generation = generation
         self.last_activity = datetime.now(UTC)
         self.created_at = created_at or self.last_activity
-        self.history: deque[dict[str, Any]] = deque(maxlen=history.MAX_ENTRIES)
+        self.history = History(MAX_BYTES if shares_process else MAX_BYTES_ALONE)
         spent = self.contents.spent
-        self.outcomes = Counter(ok=spent.ok, error=spent.error, aborted=spent.aborted)
+        self.outcomes = {"ok": spent.ok, "error": spent.error, "aborted": spent.aborted}
         self.executions = spent.executions
         self.running = 0
         """Commands that run now; the dispatcher counts them, under its lock."""
@@ -90,13 +101,14 @@ class Namespace:
         self.ledger.carry_over(spent)
         # One writer at a time, in the order the commands came: asyncio.Lock is fair.
         self.changing = asyncio.Lock()
-        self.cells = Call(self)
+        self._closed = False
         self._policy = policy
         self._executor = executor
         self._journal = journal
-        self._live: OrderedDict[tuple[str, int], LiveProgram] = OrderedDict()
+        self._shelf = shelf
+        self._live: dict[tuple[str, int], LiveProgram] = {}
         self._lm: SessionLM | None = None
-        self._secrets: set[str] = set()
+        self._secrets: frozenset[str] = frozenset()
         self._told_spent = spent
 
     # Programs
@@ -167,27 +179,34 @@ class Namespace:
         program = self._live.get(key)
         if program is None or program.record is not record:
             program = LiveProgram.build(record, self.toolbox)
-            self.keep(program)
-        else:
-            self._live.move_to_end(key)
+        self.keep(program)
         return program
 
     def keep(self, program: LiveProgram) -> None:
         """Hold a program that is built already."""
         key = (program.record.program_id, program.record.version)
         self._live[key] = program
-        self._live.move_to_end(key)
-        while len(self._live) > MAX_LIVE:
-            oldest = next((k for k, p in self._live.items() if p.record.portable), None)
-            if oldest is None:  # what a notebook made cannot be built again
-                return
-            del self._live[oldest]
+        if program.record.portable and not self._closed:  # what a notebook made cannot be built again
+            self._shelf.use(self, key)
 
     def forget_tool(self, name: str) -> None:
         """Have programs with that tool built again: a notebook defined it anew."""
         for key, program in list(self._live.items()):
             if any(tool.name == name for tool in program.record.spec.tools):
-                del self._live[key]
+                self._put_away(key)
+
+    def give_up(self, key: Hashable) -> None:
+        """Hold a program or the LM built no longer; called by the shelf. What runs goes on with it."""
+        if key == LM_KEY:
+            lm, self._lm = self._lm, None
+            if lm is not None and lm.connections is not None:
+                lm.connections.retire()
+        else:
+            self._live.pop(key, None)  # type: ignore[call-overload]  # keys are the shelf's as it got them
+
+    def _put_away(self, key: tuple[str, int]) -> None:
+        del self._live[key]
+        self._shelf.forget(self, key)
 
     # Changes
 
@@ -229,15 +248,14 @@ class Namespace:
         for program_id, version in list(self._live):
             versions = self.contents.programs.get(program_id)
             if not versions or version < versions[0].version:  # deleted, or too old to be kept
-                del self._live[program_id, version]
+                self._put_away((program_id, version))
         self.ledger.budget = self.contents.settings.budget
         if then is not None:
             then()
 
     def spent(self) -> Spent:
         """The session's totals, of earlier kernels too."""
-        counts = {outcome: self.outcomes[outcome] for outcome in ("ok", "error", "aborted")}
-        return self.ledger.spent().model_copy(update={"executions": self.executions, **counts})
+        return self.ledger.spent().model_copy(update={"executions": self.executions, **self.outcomes})
 
     def untold_spent(self) -> Spent | None:
         """The totals that the service has not been told yet; None when they did not move. In a pooled kernel."""
@@ -285,6 +303,8 @@ class Namespace:
             )
         if self._lm is None:
             self.use_lm(self.prepare_lm(profile), profile)
+        elif self.shares_process and not self._closed:
+            self._shelf.use(self, LM_KEY)
         return self._lm
 
     def prepare_lm(self, profile: LMProfile) -> SessionLM:
@@ -312,11 +332,15 @@ class Namespace:
         """Make ``lm`` the session's; returns the one it had, to be closed."""
         previous, self._lm = self._lm, lm
         if profile is not None and profile.api_key is not None:
-            self._secrets.add(profile.api_key.get_secret_value())
+            self._secrets |= {profile.api_key.get_secret_value()}
         if lm is not None and (key := lm.kwargs.get("api_key")):
-            self._secrets.add(key)
+            self._secrets |= {key}
         if not self.shares_process:
             main_thread_config["lm"] = lm
+        elif lm is None or self._closed:
+            self._shelf.forget(self, LM_KEY)
+        else:
+            self._shelf.use(self, LM_KEY)
         return previous
 
     async def change_settings(
@@ -354,7 +378,7 @@ class Namespace:
         main_thread_config["adapter"] = build_adapter(settings.adapter, settings.lm, lm) if ready else None
 
     @property
-    def secrets(self) -> set[str]:
+    def secrets(self) -> frozenset[str]:
         """Keys that must not leave in any text."""
         return self._secrets
 
@@ -402,6 +426,11 @@ class Namespace:
 
     async def close(self) -> None:
         """Close what the session holds open. Called when it ends or its kernel does."""
+        self._closed = True
+        self.lane.shutdown(cancel_futures=True)
+        self.history.clear()
+        for key in list(self._live):
+            self._put_away(key)
         await close_lm(self.use_lm(None, None))
         if self._journal is not None:
             await self.write_spent()

@@ -10,8 +10,8 @@ from typing import Any
 from traitlets import MetaHasTraits
 from traitlets.config import LoggingConfigurable
 
-from dspex_kernels.sessions.calls import Call
-from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.calls import Call, ReplyListener
+from dspex_kernels.sessions.model import BackendName, SessionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,16 @@ class Place:
     connection_file: str | None = None
 
 
+class PlaceGone(Exception):
+    """A session has no place any more, and nothing of the call ran: open one, and ask again."""
+
+
 LostListener = Callable[[str, Place, str], None]
 """Takes the session's id, the place that is gone, and one line why."""
+
+
+ChangeListener = Callable[[str, int, list[dict[str, Any]]], None]
+"""Takes the session's id, its generation, and changes (``protocol.records.Change`` as JSON) in their order."""
 
 
 class _BackendMeta(abc.ABCMeta, MetaHasTraits):
@@ -46,12 +54,22 @@ class SessionBackend(LoggingConfigurable, metaclass=_BackendMeta):
     two of ``open`` and ``close`` running for one session; any number of ``call`` may run beside them.
     """
 
-    name: str
+    name: BackendName
     """As ``SessionService.backend`` and a session's record call it."""
 
     lost: LostListener | None = None
     """Called by the backend, on the event loop, once for each place that is gone without ``close`` (its kernel
-    died). All calls there have been answered by then. Set by the service before ``start()``; it must not raise."""
+    died, or is emptied). All calls there have been answered by then. Set by the service before ``start()``; it must
+    not raise."""
+
+    changed: ChangeListener | None = None
+    """Called by a backend whose kernels do not journal, on the event loop, with what a reply says that its call
+    changed, before ``call`` returns; also when nobody waits for that reply any more. Set by the service before
+    ``start()``; it must not raise."""
+
+    replied: ReplyListener | None = None
+    """Called by the backend, on the event loop, with every reply that comes in, also where its caller has left. Set
+    by the service before ``start()``; it must not raise."""
 
     @abc.abstractmethod
     async def start(self) -> None:
@@ -71,13 +89,13 @@ class SessionBackend(LoggingConfigurable, metaclass=_BackendMeta):
 
     @abc.abstractmethod
     async def open(self, record: SessionRecord, *, timeout: float) -> Place:
-        """Give a session a place, with the programs and settings that its journal holds.
+        """Give a session a place, with the programs and settings that its journal or its record holds.
 
         Called from the service when a session is created and when a hibernated, failed or lost one is called.
 
         Args:
             record: Whose place. ``generation`` is this place's, one more than the last one's; ``directory`` is
-                the session's own, and need not be there yet. Its contents are not filled in.
+                the session's own, and need not be there yet; its contents are what the store holds.
             timeout: Seconds in which the place must answer.
 
         Raises:
@@ -96,7 +114,8 @@ class SessionBackend(LoggingConfigurable, metaclass=_BackendMeta):
         Raises:
             DSPexError: What the session answered; passed to the caller as it is.
             KernelDied: The place was lost before the answer; passed to the caller, never repeated.
-            SessionNotReady: The session has no place.
+            PlaceGone: The session has no place; nothing of the command ran.
+            PoolSaturated: Too many calls wait; nothing of the command ran.
         """
 
     @abc.abstractmethod
@@ -108,8 +127,15 @@ class SessionBackend(LoggingConfigurable, metaclass=_BackendMeta):
         """
 
     @abc.abstractmethod
+    def withdraw(self, session_id: str, request_id: str) -> bool:
+        """Cancel a call that still waits for its turn; False where none of that id does. Must not raise.
+
+        Called from the service when a call is cancelled, before the session is asked.
+        """
+
+    @abc.abstractmethod
     async def interrupt(self, session_id: str) -> None:
-        """Interrupt the code that a session's kernel runs, as Jupyter does. Without a place, nothing happens.
+        """Interrupt what a session runs, and nobody else's. Without a place, nothing happens.
 
         Called from ``SessionService.interrupt_session()``, to which an exception passes.
         """

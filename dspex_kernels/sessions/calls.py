@@ -9,6 +9,9 @@ from typing import Any, TypedDict
 EventListener = Callable[[dict[str, Any]], None]
 """Takes an event's content; called on the event loop, so it must not block."""
 
+ReplyListener = Callable[[dict[str, Any]], None]
+"""Takes a ``dspex_reply``'s content; called on the event loop, so it must not block."""
+
 
 class CallOptions(TypedDict, total=False):
     """What may be said of a call beside its command and arguments.

@@ -1,37 +1,114 @@
-"""What of a living session reaches the store: the changes that its kernel journals, and when it was last used."""
+"""What of a living session reaches the store: what changed in it, what it spent, and when it was last used.
+
+A dedicated kernel journals its changes before it replies; the journal's new part is folded into the store before
+the caller is answered. A pooled kernel's replies carry the changes, which are in the store before the caller is
+answered. What was spent is written within a second, in both.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
 from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dspex_kernels import errors
 from dspex_kernels.protocol import journal
+from dspex_kernels.protocol.messages import first_problem
+from dspex_kernels.protocol.records import Change, Spent
 from dspex_kernels.protocol.states import SessionStatus
-from dspex_kernels.sessions.live import LiveSession
+from dspex_kernels.sessions.live import Batch, LiveSession
 from dspex_kernels.sessions.store import SessionStore
 from dspex_kernels.sessions.tasks import Tasks
 
 TOUCH_INTERVAL = 10.0
 """Seconds between two writes of a session's ``last_activity``: reads need not cost a write each."""
+SPENT_INTERVAL = 0.5
+"""Seconds between two writes of what sessions spent."""
+
+_CHANGES: TypeAdapter[list[Change]] = TypeAdapter(list[Change])
 
 
 class Keeper:
-    """Takes journals and activity into the store.
+    """Takes changes, what was spent, and activity into the store.
 
     Args:
-        store: Open.
+        store: Open, once anything is to be kept.
         tasks: Where writes run that nobody waits for.
-        log: Is told what could not be kept: the journal itself is durable, and the next fold takes it up.
+        log: Is told what could not be kept.
     """
+
+    refused: Callable[[LiveSession, str], None]
+    """Called when a session's changes could not be kept, with one line why: its kernel now holds what the store
+    does not. Set by the service; it must not raise."""
 
     def __init__(self, store: SessionStore, tasks: Tasks, log: Logger | LoggerAdapter[Any]) -> None:
         self._store = store
         self._tasks = tasks
         self._log = log
+        self._spent: dict[str, LiveSession] = {}
+        """Sessions whose totals the store does not know yet."""
+        self._writing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to write what was spent."""
+        self._writing = asyncio.create_task(self._write_spent())
+
+    async def stop(self) -> None:
+        """Write what is still to be written; nothing is taken after that."""
+        if self._writing is not None:
+            self._writing.cancel()
+            await asyncio.wait({self._writing})
+        await self._write_spent_once()
+
+    def take(self, live: LiveSession, told: list[dict[str, Any]]) -> None:
+        """Take in what a pooled kernel's reply says that changed; ``settle`` tells when it is durable."""
+        try:
+            changes = _CHANGES.validate_python(told)
+        except ValidationError as failure:
+            self.refused(live, f"its kernel told of a change that cannot be read: {first_problem(failure)}")
+            return
+        kept: list[Change] = []
+        for change in changes:
+            live.apply(change)
+            if isinstance(change, Spent):
+                live.spent = change
+                self._spent[live.session_id] = live
+            else:
+                kept.append(change)
+        if kept:
+            self._queue(live, kept)
+
+    async def settle(self, live: LiveSession) -> None:
+        """Return when everything that a session has changed so far is in the store.
+
+        Raises:
+            StoreError: A pooled session's change could not be kept; it has not happened. (A journal is durable by
+                itself: what cannot be folded now is logged, and folded later.)
+        """
+        if live.record.directory is not None:
+            await self._tasks.finish(self.fold(live))
+            return
+        if live.batches:
+            batch = live.batches[-1]
+            await batch.done.wait()
+            if batch.failure is not None:
+                raise errors.from_dict(batch.failure.to_dict())  # each waiter has an exception of its own
+
+    async def drain(self, live: LiveSession) -> None:
+        """Wait until nothing of a session is on its way into the store any more; what was refused has been told."""
+        while live.batches:
+            await live.batches[-1].done.wait()
+        await self.flush(live)
+
+    async def flush(self, live: LiveSession) -> None:
+        """Write what a session spent, now. A failure is logged and not raised."""
+        if self._spent.pop(live.session_id, None) is not None:
+            await self._save_spent(live)
 
     async def fold(self, live: LiveSession) -> None:
         """Take the new part of a session's journal into the store. A failure is logged and not raised."""
@@ -60,12 +137,67 @@ class Keeper:
 
     async def save_activity(self, live: LiveSession) -> None:
         """Tell the store when a session was last used. A failure is logged and not raised."""
-        if live.status is SessionStatus.DESTROYED:
+        if live.status is SessionStatus.DESTROYED or not live.held:
             return
         try:
             await self._store.touch(live.session_id, live.last_activity)
         except errors.DSPexError as failure:
             self._log.warning("session %s: its last activity could not be kept: %s", live.session_id, failure)
+
+    def forget(self, live: LiveSession) -> None:
+        """Write nothing more of a session: it ends."""
+        self._spent.pop(live.session_id, None)
+
+    def _queue(self, live: LiveSession, changes: list[Change]) -> None:
+        if live.batches and not live.batches[-1].writing:
+            live.batches[-1].changes += changes
+            return
+        live.batches.append(Batch(changes))
+        if len(live.batches) == 1:
+            self._tasks.spawn(self._save(live))
+
+    async def _save(self, live: LiveSession) -> None:
+        """Write a session's batches one after another, until there are none."""
+        while live.batches:
+            batch = live.batches[0]
+            batch.writing = True
+            try:
+                await self._store.save_changes(live.session_id, batch.changes)
+            except errors.DSPexError as failure:
+                self._refuse(live, failure)
+                return
+            live.batches.popleft()
+            batch.done.set()
+
+    def _refuse(self, live: LiveSession, failure: errors.DSPexError) -> None:
+        """What could not be written has not happened, nor what came after it."""
+        for batch in live.batches:
+            batch.failure = failure
+            batch.done.set()
+        live.batches.clear()
+        if live.status is not SessionStatus.DESTROYED:
+            self._log.error("session %s: its changes could not be kept: %s", live.session_id, failure)
+            self.refused(live, f"its changes could not be kept: {failure.message}")
+
+    async def _write_spent(self) -> None:
+        while True:
+            await asyncio.sleep(SPENT_INTERVAL)
+            await self._write_spent_once()
+
+    async def _write_spent_once(self) -> None:
+        waiting, self._spent = self._spent, {}
+        await asyncio.gather(*(self._save_spent(live) for live in waiting.values()))
+
+    async def _save_spent(self, live: LiveSession) -> None:
+        if live.spent is None or live.status is SessionStatus.DESTROYED:
+            return
+        try:
+            await self._store.save_changes(live.session_id, [live.spent])
+        except errors.SessionNotFound:
+            return  # it has been destroyed meanwhile
+        except errors.DSPexError as failure:
+            self._log.warning("session %s: what it spent could not be kept: %s", live.session_id, failure)
+            self._spent.setdefault(live.session_id, live)
 
 
 def _read_if_there(path: Path) -> bytes:

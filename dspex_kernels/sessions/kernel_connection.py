@@ -27,7 +27,7 @@ from jupyter_client.session import Session as MessageSession
 from dspex_kernels import errors
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION, messages
 from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_command
-from dspex_kernels.sessions.calls import EventListener
+from dspex_kernels.sessions.calls import EventListener, ReplyListener
 
 REPLY_GRACE = 2.0
 """Seconds after a call's deadline in which the kernel's own ``timeout`` answer may still arrive."""
@@ -83,6 +83,8 @@ class KernelConnection:
         name: How messages and logs call the kernel; None is its address.
         max_pending: Calls that may wait at once.
         grace: Seconds to wait past a call's deadline for the kernel's own answer.
+        on_reply: Takes each ``dspex_reply`` that comes in, in their order and before its caller does, those whose
+            caller left too; None is nobody.
     """
 
     def __init__(
@@ -93,11 +95,15 @@ class KernelConnection:
         name: str | None = None,
         max_pending: int = MAX_PENDING,
         grace: float = REPLY_GRACE,
+        on_reply: ReplyListener | None = None,
     ) -> None:
         self._info = dict(connection_info)
         self.name = name or _address(self._info, "shell")
         self.strays = 0
         """Messages that answered nobody, or were not to be read; dropped."""
+        self.late = 0
+        """Replies whose caller had left; dropped."""
+        self._on_reply = on_reply
         self._owns_context = context is None
         self._context = context
         self._max_pending = max_pending
@@ -367,11 +373,14 @@ class KernelConnection:
 
     def _take_reply(self, message: dict[str, Any]) -> None:
         parent_id = message["parent_header"].get("msg_id", "")
+        if self._on_reply is not None and message["msg_type"] == messages.REPLY:
+            self._on_reply(message["content"])
         waiting = self._waiting.get(parent_id)
         if waiting is not None and not waiting.reply.done():
             waiting.reply.set_result(message["content"])
         elif parent_id in self._abandoned:
             del self._abandoned[parent_id]
+            self.late += 1
         else:
             self.strays += 1
             _log.warning("kernel %s: a %s answers nobody here: dropped", self.name, message["msg_type"])

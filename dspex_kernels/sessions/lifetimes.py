@@ -13,12 +13,13 @@ from logging import Logger, LoggerAdapter
 from typing import Any
 
 from dspex_kernels import errors
-from dspex_kernels.protocol import journal
 from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.places import Places
 from dspex_kernels.sessions.registry import Registry
 from dspex_kernels.sessions.store import MAX_PAGE, SessionStore
+from dspex_kernels.sessions.tenure import Tenure
 
 
 class Lifetimes:
@@ -28,15 +29,25 @@ class Lifetimes:
         registry: Which sessions there are.
         store: Open, once ``load`` is called.
         places: Where they live.
+        keeper: Is told of those that end.
+        tenure: Says which sessions are this service's.
         log: Is told what a backend could not close.
     """
 
     def __init__(
-        self, registry: Registry, store: SessionStore, places: Places, log: Logger | LoggerAdapter[Any]
+        self,
+        registry: Registry,
+        store: SessionStore,
+        places: Places,
+        keeper: Keeper,
+        tenure: Tenure,
+        log: Logger | LoggerAdapter[Any],
     ) -> None:
         self._registry = registry
         self._store = store
         self._places = places
+        self._keeper = keeper
+        self._tenure = tenure
         self._log = log
 
     async def load(self) -> None:
@@ -61,11 +72,15 @@ class Lifetimes:
             SessionExists: Another service or store has something of that id; it stays as it is.
         """
         try:
-            await self._check_free(live)
-            await self._store.create(live.record)
+            await asyncio.to_thread(_make_directory, live)
+            try:
+                await self._store.create(live.record)
+            except BaseException:
+                await asyncio.to_thread(_remove_directory, live)
+                raise
+            live.held = True
         except BaseException:
             live.become(SessionStatus.DESTROYED)
-            live.discard()
             self._registry.leave(live)
             self._registry.free(live)
             raise
@@ -81,17 +96,21 @@ class Lifetimes:
             await asyncio.wait({live.creating})
         if live.status is SessionStatus.DESTROYED:
             return
-        live.claim()
-        # From here on a service that comes back after a crash goes on with it.
         with contextlib.suppress(errors.SessionNotFound):  # another service destroyed it: less to do
+            if not live.held:
+                await self._tenure.claim(live.session_id)
+            # From here on a service that comes back after a crash goes on with it.
             await self._store.set_status(live.session_id, SessionStatus.DESTROYED)
         if self._registry.find(live.session_id) is not live:  # another call was quicker
             return
         live.become(SessionStatus.DESTROYED)
         self._registry.leave(live)
         live.lm_with_key = None
+        self._keeper.forget(live)
         try:
             await self._places.cancel_opening(live)
+            if live.closing is not None:
+                await asyncio.wait({live.closing})
             try:
                 await self._places.backend_of(live).close(live.session_id)
             except Exception:  # noqa: BLE001  # a backend may fail in any way; the session goes all the same
@@ -99,33 +118,46 @@ class Lifetimes:
             async with live.folding:  # a fold that has begun would write to a session that is gone
                 await self._remove(live)
         finally:
-            live.release()
             self._registry.free(live)
-
-    async def _check_free(self, live: LiveSession) -> None:
-        try:
-            live.claim()
-        except errors.SessionNotReady as taken:
-            raise errors.SessionExists(f"{taken.message}; or choose another id", details=taken.details) from taken
-        if await asyncio.to_thread((live.directory / journal.FILE_NAME).exists):
-            raise errors.SessionExists(
-                f"{live.directory} holds a session {live.session_id!r} already, of another service or store: "
-                "choose another id, or another SessionService.data_dir",
-                details={"session_id": live.session_id},
-            )
 
     async def _finish_ending(self, live: LiveSession) -> None:
         """Remove what an earlier service was destroying, unless another one is at it."""
         try:
-            live.claim()
-        except errors.SessionNotReady:
+            await self._tenure.claim(live.session_id)
+        except (errors.SessionNotReady, errors.SessionNotFound):
             return
-        try:
-            await self._remove(live)
-        finally:
-            live.release()
+        await self._remove(live)
 
     async def _remove(self, live: LiveSession) -> None:
         """Remove what outlived a session's kernel: the directory, then the record that names it."""
-        await asyncio.to_thread(shutil.rmtree, live.directory, ignore_errors=True)
+        await asyncio.to_thread(_remove_directory, live)
         await self._store.delete(live.session_id)
+
+
+def _make_directory(live: LiveSession) -> None:
+    """Make a session's own directory (0700); one that is there is another session's.
+
+    Raises:
+        SessionExists: There is one.
+        StoreError: The disk refuses.
+    """
+    if live.record.directory is None:
+        return
+    try:
+        live.directory.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        raise errors.SessionExists(
+            f"{live.directory} holds a session {live.session_id!r} already, of another service or store: choose "
+            "another id, or another SessionService.data_dir",
+            details={"session_id": live.session_id},
+        ) from None  # the cause tells nothing more
+    except OSError as failure:
+        raise errors.StoreError(
+            f"session {live.session_id!r}: {live.directory} cannot be made: {failure.strerror}; make room, or make "
+            "it writable"
+        ) from failure
+
+
+def _remove_directory(live: LiveSession) -> None:
+    if live.record.directory is not None:
+        shutil.rmtree(live.directory, ignore_errors=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+from dspex_kernels.errors import DSPexError
 from dspex_kernels.protocol.commands import Command, ConfigureArgs, LMProfileArgs
 from dspex_kernels.protocol.records import (
     Change,
@@ -18,13 +20,25 @@ from dspex_kernels.protocol.records import (
     SessionContents,
     SessionReset,
     SettingsChanged,
+    Spent,
 )
 from dspex_kernels.protocol.states import SessionStatus, move
-from dspex_kernels.sessions.lease import Lease
 from dspex_kernels.sessions.model import SessionRecord
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
+class Batch:
+    """Changes on their way into the store, in one transaction."""
+
+    changes: list[Change]
+    writing: bool = False
+    """It takes no more."""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: DSPexError | None = None
+    """Why they could not be kept, once ``done``; None where they are."""
+
+
+@dataclass(eq=False, slots=True)
 class LiveSession:
     """A session as the service holds it, with or without a place. Its contents are the store's to hold."""
 
@@ -43,8 +57,20 @@ class LiveSession:
     """Calls that wait for the place, by ``request_id`` where they have one; ``cancel`` resolves them."""
     lm_with_key: LMProfileArgs | None = None
     """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
-    lease: Lease | None = None
-    """Held from the first opening on: no other service opens or destroys the session meanwhile."""
+    held: bool = False
+    """This service has the session (``tenure``): no other opens or destroys it meanwhile."""
+    batches: deque[Batch] = field(default_factory=deque)
+    """Changes of a pooled session that the store does not hold yet, oldest first."""
+    spent: Spent | None = None
+    """A pooled session's last totals; None when none were told yet."""
+    closing: asyncio.Task[None] | None = None
+    """Closes the place; the next one is opened after that."""
+    running: int = 0
+    """Calls that are counted as activity and have not been answered."""
+    asking: int = 0
+    """Calls that are in the place, or wait for their turn there."""
+    quiet: asyncio.Event | None = None
+    """Set when none is there any more; made by who waits for that."""
     creating: asyncio.Task[None] | None = None
     """Writes a new session's record; None for one that the store holds already."""
     touched: float = 0.0
@@ -64,30 +90,8 @@ class LiveSession:
 
     @property
     def directory(self) -> Path:
-        assert self.record.directory is not None  # every session of a dedicated kernel has one
+        assert self.record.directory is not None  # only a session of a dedicated kernel is asked
         return Path(self.record.directory)
-
-    def claim(self) -> None:
-        """Make the session this service's.
-
-        Raises:
-            SessionNotReady: Another service has it.
-            StoreError: The disk refuses.
-        """
-        if self.lease is None:
-            self.lease = Lease.acquire(self.session_id, self.directory)
-
-    def release(self) -> None:
-        """Leave the session to whichever service opens it next."""
-        lease, self.lease = self.lease, None
-        if lease is not None:
-            lease.release()
-
-    def discard(self) -> None:
-        """As ``release``, where there is no such session: what ``claim`` made is removed."""
-        lease, self.lease = self.lease, None
-        if lease is not None:
-            lease.discard()
 
     def refresh(self, record: SessionRecord) -> None:
         """Know what the store holds now: another service may have changed it."""

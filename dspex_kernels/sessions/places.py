@@ -7,19 +7,23 @@ without an await in between, so there is no lock.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dspex_kernels import errors
+from dspex_kernels.protocol.commands import Command
 from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import Place, SessionBackend
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernel_connection import MAX_PENDING
 from dspex_kernels.sessions.live import LiveSession
+from dspex_kernels.sessions.model import SessionRecord
 from dspex_kernels.sessions.registry import Registry, not_found
 from dspex_kernels.sessions.store import SessionStore
 from dspex_kernels.sessions.tasks import Tasks
+from dspex_kernels.sessions.tenure import Tenure
 
 CANCEL_TIMEOUT = 20.0
 """Seconds in which a start that was cancelled must have ended."""
@@ -49,7 +53,8 @@ class Places:
         backends: By name.
         registry: The service's sessions.
         store: Open.
-        keeper: Takes the journals in.
+        keeper: Takes in what sessions change.
+        tenure: Says which sessions are this service's.
         tasks: Where starts run.
         start_timeout: Seconds in which a started kernel must answer.
         command_timeout: Seconds for it to be told the LM.
@@ -61,6 +66,7 @@ class Places:
         registry: Registry,
         store: SessionStore,
         keeper: Keeper,
+        tenure: Tenure,
         tasks: Tasks,
         *,
         start_timeout: float,
@@ -70,6 +76,7 @@ class Places:
         self._registry = registry
         self._store = store
         self._keeper = keeper
+        self._tenure = tenure
         self._tasks = tasks
         self._start_timeout = start_timeout
         self._command_timeout = command_timeout
@@ -133,13 +140,15 @@ class Places:
         await self._wait(live, live.opening, waiter)
 
     def withdraw(self, live: LiveSession, request_id: str) -> bool | None:
-        """Cancel a call that still waits for its place. None when the place itself is to be asked."""
+        """Cancel a call that still waits for its place or its turn. None when the place itself is to be asked."""
         queued = live.queued.get(request_id)
         if queued is not None:
             if not queued.done():
                 queued.set_result(None)
             return True
-        return None if live.status is SessionStatus.READY else False
+        if live.status is not SessionStatus.READY:
+            return False
+        return self.backend_of(live).withdraw(live.session_id, request_id) or None
 
     def lost(self, session_id: str, place: Place, why: str) -> None:
         """Take a backend's word that a place is gone: the next call opens another."""
@@ -148,7 +157,83 @@ class Places:
             return
         if live.status is SessionStatus.READY:
             live.become(SessionStatus.HIBERNATED, why)
-        self._tasks.spawn(self._keeper.fold(live))
+        if live.record.directory is not None:
+            self._tasks.spawn(self._keeper.fold(live))
+
+    def discard(self, live: LiveSession, why: str) -> None:
+        """Close a place that holds what the store does not: the next call opens another, from the store."""
+        if live.status is SessionStatus.READY:
+            live.become(SessionStatus.HIBERNATED, why)
+            self._close(live)
+
+    async def hibernate(self, live: LiveSession, why: str) -> None:
+        """Close a session's place, and wait for it; the next call brings it back."""
+        if live.status is SessionStatus.READY:
+            live.become(SessionStatus.HIBERNATED, why)
+            self._close(live)
+        if live.closing is not None:
+            await asyncio.shield(live.closing)
+
+    async def move(self, live: LiveSession, leave: Callable[[], Awaitable[None]], deadline: float) -> None:
+        """Let what runs in a session end, and have it leave its place; calls that come wait for the next place.
+
+        Args:
+            live: Which; it has a place.
+            leave: Closes the place when nothing runs there; raises to let the session stay.
+            deadline: On the loop's clock, for the calls that run.
+
+        Raises:
+            CommandTimeout: They did not end in time; the session stays.
+            SessionNotReady: It is being closed or opened just now.
+        """
+        if live.status is not SessionStatus.READY:
+            raise errors.SessionNotReady(
+                f"session {live.session_id!r} is {live.status}: try again", details={"status": str(live.status)}
+            )
+        live.become(SessionStatus.HIBERNATED, "it is being moved")
+        live.closing = self._tasks.spawn(self._moved(live, leave, deadline))
+        await asyncio.shield(live.closing)
+
+    async def _moved(self, live: LiveSession, leave: Callable[[], Awaitable[None]], deadline: float) -> None:
+        """Empty a place and leave it. Runs as ``live.closing``."""
+        try:
+            while live.asking:
+                live.quiet = asyncio.Event()
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await live.quiet.wait()
+                except TimeoutError:
+                    raise errors.CommandTimeout(
+                        f"session {live.session_id!r} stays where it is: {live.asking} of its calls still run; "
+                        "cancel them, or give more time",
+                        details={"session_id": live.session_id, "running": live.asking},
+                        retry_after=1.0,
+                    ) from None  # the TimeoutError tells nothing more
+            await leave()
+        except BaseException:
+            if live.status is SessionStatus.HIBERNATED and live.opening is None and self.of(live) is not None:
+                live.become(SessionStatus.STARTING)
+                live.become(SessionStatus.READY)
+            raise
+        finally:
+            live.closing = live.quiet = None
+
+    def _close(self, live: LiveSession) -> None:
+        live.closing = self._tasks.spawn(self._closed_by(live))
+
+    async def _closed_by(self, live: LiveSession) -> None:
+        """Close a place. Runs as ``live.closing``: no other is opened meanwhile."""
+        try:
+            await self.backend_of(live).close(live.session_id)
+            if live.record.directory is not None:
+                await self._keeper.fold(live)
+            await self._keeper.flush(live)
+        finally:
+            live.closing = None
+
+    async def remember_key(self, live: LiveSession, row: Command, args: Mapping[str, Any]) -> None:
+        """Note the key that a successful command gave, for the session's next place."""
+        live.remember_key(row, args)
 
     async def cancel_opening(self, live: LiveSession) -> None:
         """End a start that is under way, and wait until it has cleared away."""
@@ -210,12 +295,18 @@ class Places:
         try:
             if live.creating is not None:
                 await asyncio.shield(live.creating)
-            await self._claim(live)
-            await self._keeper.fold(live)  # what an earlier service did not come to read
-            generation = live.record.generation + 1
+            if live.closing is not None:
+                await asyncio.wait({live.closing})
+                backend = self.backend_of(live)  # it may have moved
+                if self.of(live) is not None:  # or been asked to, and stayed
+                    live.become(SessionStatus.READY)
+                    return
+            await self._keeper.drain(live)
+            record = await self._claim(live)
+            generation = record.generation + 1
             await self._store.set_generation(live.session_id, generation)
             live.note(generation=generation)
-            await backend.open(live.record, timeout=self._start_timeout)
+            await backend.open(record.model_copy(update={"generation": generation}), timeout=self._start_timeout)
             if (lm := live.keyed_lm()) is not None:
                 await backend.call(live.session_id, Call("configure", {"lm": lm}, self._command_timeout))
             if live.status is SessionStatus.STARTING:
@@ -229,27 +320,26 @@ class Places:
         finally:
             live.opening = None
 
-    async def _claim(self, live: LiveSession) -> None:
-        """Make the session this service's, and know of it what another service made of it meanwhile."""
-        if live.lease is not None:
-            return
-        live.claim()
+    async def _claim(self, live: LiveSession) -> SessionRecord:
+        """Make the session this service's, and know of it what the store holds now."""
         try:
-            record = await self._store.get(live.session_id)
+            record = await self._tenure.claim(live.session_id)
+            if record.directory is not None:
+                live.refresh(record)
+                await self._keeper.fold(live)  # what an earlier service did not come to read
+                record = await self._store.get(live.session_id)
         except errors.SessionNotFound:
             self._give_up(live)
-            raise
-        except BaseException:
-            live.release()
             raise
         if record.status is SessionStatus.DESTROYED:  # and died before its end: the next start finishes that
             self._give_up(live)
             raise not_found(live.session_id)
+        live.held = True
         live.refresh(record)
+        return record
 
     def _give_up(self, live: LiveSession) -> None:
         """Forget a session that another service has destroyed."""
-        live.discard()
         live.become(SessionStatus.DESTROYED)
         self._registry.leave(live)
         self._registry.free(live)

@@ -88,7 +88,7 @@ class Registry:
         _check_limit(limit, count, "SessionService.max_sessions_per_owner", f" of owner {owner!r}")
 
 
-def new_record(session_id: str, *, owner: str, backend: str, directory: Path) -> SessionRecord:
+def new_record(session_id: str, *, owner: str, backend: str, directory: Path | None) -> SessionRecord:
     """The record of a session that begins now.
 
     Raises:
@@ -104,7 +104,7 @@ def new_record(session_id: str, *, owner: str, backend: str, directory: Path) ->
                 "status": SessionStatus.READY,  # what it is meant to be
                 "created_at": now,
                 "last_activity": now,
-                "directory": str(directory),
+                "directory": str(directory) if directory is not None else None,
             }
         )
     except ValidationError as failure:

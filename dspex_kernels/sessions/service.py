@@ -1,9 +1,10 @@
 """The session service: the one object that the outside holds.
 
 A session's way: ``create_session`` counts it against the limits at once (``registry``), then has a backend open a
-place for it (``places``). When the place is lost, or the service starts anew, the session is ``hibernated``: its
-record and its journal stay, and its next call opens a place again, one generation later. What its kernel journals
-is taken into the store before a changing call returns (``keeper``); ``lifetimes`` begins and ends sessions.
+place for it (``places``). When the place is lost, or the service starts anew, the session is ``hibernated``: what
+it holds stays in the store, and its next call (``carrier``) opens a place again, one generation later. What a call
+changed is in the store before it returns (``keeper``); ``lifetimes`` begins and ends sessions; ``tenure`` tells
+whether they are this service's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -22,21 +23,27 @@ from traitlets.config import LoggingConfigurable
 
 from dspex_kernels import config, errors
 from dspex_kernels.protocol import names
-from dspex_kernels.protocol.commands import COMMANDS, Command, get_command
-from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.protocol.commands import get_command
 from dspex_kernels.sessions.backend import SessionBackend
 from dspex_kernels.sessions.calls import Call, CallOptions, EventListener
+from dspex_kernels.sessions.carrier import Carrier
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.keeper import Keeper
+from dspex_kernels.sessions.kernels import Kernels
 from dspex_kernels.sessions.lifetimes import Lifetimes
 from dspex_kernels.sessions.live import LiveSession
+from dspex_kernels.sessions.migration import Migration
 from dspex_kernels.sessions.model import SessionInfo
+from dspex_kernels.sessions.outcomes import Outcomes
 from dspex_kernels.sessions.places import Places, Waiter
+from dspex_kernels.sessions.pool import KernelPool
+from dspex_kernels.sessions.pooled import PooledBackend
 from dspex_kernels.sessions.registry import Registry, new_record
 from dspex_kernels.sessions.session import Session
 from dspex_kernels.sessions.store import SessionStore, default_store_url
 from dspex_kernels.sessions.store.sql import SQLStore
 from dspex_kernels.sessions.tasks import Tasks
+from dspex_kernels.sessions.tenure import Tenure, new_service_id
 
 STOP_TIMEOUT = 20.0
 """Seconds in which running calls and folds must have ended when the service stops."""
@@ -49,9 +56,12 @@ class SessionService(LoggingConfigurable):
         **kwargs: Values of traits; ``config``, ``parent``, ``log`` as traitlets takes them.
     """
 
-    backend = Unicode("dedicated", help='Where sessions live unless they say: "dedicated", a kernel each.').tag(
-        config=True
-    )
+    backend = Unicode(
+        "dedicated", help='Where sessions live unless they say: "dedicated", a kernel each, or "pooled".'
+    ).tag(config=True)
+    pooled_fraction = Float(
+        0.0, min=0, max=1, help="Share of the sessions that name no backend which go to the pool, for comparison."
+    ).tag(config=True)
     max_sessions = Integer(1000, min=0, help="Sessions at most, hibernated ones included; 0 is no limit.").tag(
         config=True
     )
@@ -97,8 +107,8 @@ class SessionService(LoggingConfigurable):
         super().__init__(**kwargs)
         self._registry = Registry()
         self._tasks = Tasks(self.log)
-        self._calls: set[asyncio.Future[None]] = set()
         self._running = False
+        self._undecided = 0.0
 
     async def start(self) -> Self:
         """Open the store, make the backends ready; sessions of an earlier service are there, hibernated."""
@@ -115,9 +125,12 @@ class SessionService(LoggingConfigurable):
             ) from failure
         try:
             await self._store.open()
+            await self._tenure.begin()
+            await self._kernels.start()
             for backend in self._backends.values():
                 await backend.start()
             await self._lifetimes.load()
+            self._keeper.start()
         except BaseException:
             await self._stop_all()
             raise
@@ -126,27 +139,40 @@ class SessionService(LoggingConfigurable):
 
     def _wire(self) -> None:
         self._registry = Registry()
-        self._store: SessionStore = SQLStore(self.store_url)
+        service_id = new_service_id()
+        self._store: SessionStore = SQLStore(self.store_url, service_id)
+        self._outcomes = Outcomes()
         self._keeper = Keeper(self._store, self._tasks, self.log)
+        self._tenure = Tenure(
+            service_id, self._store, Path(self.data_dir) / "services", self.log, self._deposed
+        )
+        self._kernels = Kernels(kernel_name=self.kernel_name, policy=self.lm_policy, parent=self)
         self._backends = {backend.name: backend for backend in self._make_backends()}
         self._places = Places(
             self._backends,
             self._registry,
             self._store,
             self._keeper,
+            self._tenure,
             self._tasks,
             start_timeout=self.kernel_start_timeout,
             command_timeout=self.command_timeout,
         )
-        self._lifetimes = Lifetimes(self._registry, self._store, self._places, self.log)
+        self._carrier = Carrier(self._places, self._keeper, self._outcomes)
+        self._lifetimes = Lifetimes(self._registry, self._store, self._places, self._keeper, self._tenure, self.log)
+        self._migration = Migration(self._store, self._places, self._keeper, self._sessions_dir, self.log)
+        self._keeper.refused = self._places.discard
         for backend in self._backends.values():
-            backend.lost = self._places.lost
+            backend.lost, backend.changed, backend.replied = self._places.lost, self._changed, self._replied
 
     def _make_backends(self) -> list[SessionBackend]:
-        return [DedicatedBackend(kernel_name=self.kernel_name, policy=self.lm_policy, parent=self)]
+        pool = KernelPool(
+            self._kernels, Path(self.data_dir) / "pool", start_timeout=self.kernel_start_timeout, parent=self
+        )
+        return [DedicatedBackend(self._kernels, parent=self), PooledBackend(pool, parent=self)]
 
     async def stop(self) -> None:
-        """Refuse new calls, answer the running ones, end the kernels, fold what they journaled, close the store."""
+        """Refuse new calls, answer the running ones, end the kernels, keep what changed, close the store."""
         if not self._running:
             return
         self._running = False
@@ -156,15 +182,37 @@ class SessionService(LoggingConfigurable):
     async def _stop_all(self) -> None:
         try:
             await asyncio.gather(*(backend.stop() for backend in self._backends.values()))
+            await self._kernels.stop()
         finally:
-            if pending := self._calls | self._tasks.running:
+            await self._keeper.stop()
+            if pending := self._carrier.running | self._tasks.running:
                 await asyncio.wait(pending, timeout=STOP_TIMEOUT)
             for live in self._registry:
-                if live.lease is not None:
-                    await self._keeper.fold(live)
-                    await self._keeper.save_activity(live)
-                    live.release()
+                if live.held:
+                    await self._keep_last(live)
+            await self._tenure.end()
             await self._store.close()
+
+    async def _keep_last(self, live: LiveSession) -> None:
+        if live.record.directory is not None:
+            await self._keeper.fold(live)
+        await self._keeper.save_activity(live)
+
+    async def _deposed(self) -> None:
+        """Another service has our sessions now: end what we have of them."""
+        await asyncio.gather(
+            *(self._places.hibernate(live, "another service took it over") for live in self._registry)
+        )
+
+    def _changed(self, session_id: str, generation: int, changes: list[dict[str, Any]]) -> None:
+        """Called by a backend with what a reply says that its call changed."""
+        live = self._registry.find(session_id)
+        if live is not None and live.record.generation == generation:
+            self._keeper.take(live, changes)
+
+    def _replied(self, content: dict[str, Any]) -> None:
+        """Called by a backend with every reply."""
+        self._outcomes.replied(content)
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -184,7 +232,8 @@ class SessionService(LoggingConfigurable):
 
         Args:
             owner: Whose session; "" is nobody in particular.
-            backend: ``"dedicated"``; None is the service's own ``backend``.
+            backend: ``"dedicated"`` or ``"pooled"``; None is the service's own ``backend``, or the pool for the
+                share of ``pooled_fraction``.
             session_id: Letters, digits, ``_ . -``, at most 128; None generates one.
             lm: A model string or an LM profile; None leaves the session without.
 
@@ -196,27 +245,36 @@ class SessionService(LoggingConfigurable):
             DSPexError: ``configure`` refused ``lm``; no session was made.
         """
         self._check_running()
-        backend = backend or self.backend
+        backend = backend or self._next_backend()
         self._places.backend(backend)
         session_id = names.new_session_id() if session_id is None else session_id
         self._registry.check_id(session_id)
         self._registry.check_limits(owner, self.max_sessions, self.max_sessions_per_owner)
-        record = new_record(session_id, owner=owner, backend=backend, directory=self._sessions_dir / session_id)
+        directory = self._sessions_dir / session_id if backend == DedicatedBackend.name else None
+        record = new_record(session_id, owner=owner, backend=backend, directory=directory)
         live = LiveSession.of(record)
         self._registry.add(live)  # counted from here on, while it starts
         live.creating = self._tasks.spawn(self._lifetimes.begin(live))
-        with self._counted():
+        with self._carrier.counted(live, None):
             try:
                 await asyncio.shield(live.creating)
                 deadline = asyncio.get_running_loop().time() + self.kernel_start_timeout + self.command_timeout
                 await self._places.ensure(live, Waiter("create_session", deadline))
                 if lm is not None:
                     args = {"lm": lm if isinstance(lm, str) else dict(lm)}
-                    await self._ask(live, COMMANDS["configure"], Call("configure", args, self.command_timeout))
+                    await self._carrier.call(live, Call("configure", args, self.command_timeout))
             except BaseException:
                 await self._tasks.finish(self._lifetimes.end(live))
                 raise
         return ServiceSession(self, session_id)
+
+    def _next_backend(self) -> str:
+        """The service's own, or the pool so often that its share comes out exactly."""
+        self._undecided += self.pooled_fraction
+        if self._undecided < 1:
+            return self.backend
+        self._undecided -= 1
+        return PooledBackend.name
 
     def get_session(self, session_id: str) -> ServiceSession:
         """A handle on a session.
@@ -291,12 +349,34 @@ class SessionService(LoggingConfigurable):
         live = self._get_live(session_id)
         await self._places.backend_of(live).interrupt(session_id)
 
+    async def migrate_session(self, session_id: str, *, backend: str, timeout: float | None = None) -> None:
+        """Move a session to another backend with all it holds: programs, versions, LM, budget, statistics.
+
+        Args:
+            session_id: Which.
+            backend: ``"dedicated"`` or ``"pooled"``; its own already, nothing happens.
+            timeout: Seconds for everything, running calls included; None is what a kernel's start may take, and
+                ``command_timeout``.
+
+        Raises:
+            NotPortable: It holds tools or modules of its notebook; the details tell which. Nothing was changed.
+            CommandTimeout: Its calls did not end in time; nothing was changed.
+            KernelStartFailed: The new place did not open; it is in its old backend again.
+            InvalidSession: There is no such backend.
+            SessionNotFound: There is no such session.
+        """
+        live = self._get_live(session_id)
+        target = self._places.backend(backend).name
+        with self._carrier.counted(live, None):
+            seconds = timeout or self.kernel_start_timeout + self.command_timeout
+            await self._tasks.finish(self._migration.move(live, target, seconds))
+
     async def health_check(self) -> dict[str, Any]:
         """``status`` ("ok", "stopped"), ``sessions`` by status, ``calls`` running; no ids and no owners."""
         return {
             "status": "ok" if self._running else "stopped",
             "sessions": dict(Counter(str(live.status) for live in self._registry)),
-            "calls": len(self._calls),
+            "calls": len(self._carrier.running),
         }
 
     async def call(
@@ -333,41 +413,33 @@ class SessionService(LoggingConfigurable):
         """
         live = self._get_live(session_id)
         row = get_command(command)
+        if row.internal:
+            raise errors.UnknownCommand(f"{command!r} is between a service and its kernels: callers cannot ask it")
         given = dict(args or {})
         if command == "cancel":
             withdrawn = self._places.withdraw(live, row.parse(given).request_id)
             if withdrawn is not None:
                 return {"cancelled": withdrawn}
-        with self._counted():
-            deadline = asyncio.get_running_loop().time() + (timeout or row.timeout_s or self.command_timeout)
-            await self._places.ensure(live, Waiter(command, deadline, request_id, waits=timeout != 0))
-            # The start may have taken it all, and 0 would be no deadline.
-            left = max(deadline - asyncio.get_running_loop().time(), 0.001)
-            return await self._ask(live, row, Call(command, given, left, request_id, stream, on_event))
+        seconds = timeout or row.timeout_s or self.command_timeout
+        call = Call(command, given, seconds, request_id, stream, on_event)
+        return await self._carrier.call(live, call, waits=timeout != 0)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """While this lasts, ``stop()`` waits for it."""
-        mark = asyncio.get_running_loop().create_future()
-        self._calls.add(mark)
-        try:
-            yield
-        finally:
-            self._calls.discard(mark)
-            mark.set_result(None)
+    async def fetch_result(self, session_id: str, request_id: str, *, timeout: float = 0.0) -> dict[str, Any]:
+        """What a call was answered whose caller went away; kept for a while.
 
-    async def _ask(self, live: LiveSession, row: Command, call: Call) -> dict[str, Any]:
-        """Carry a call to the session's place; fold what it changed."""
-        try:
-            result = await self._places.backend_of(live).call(live.session_id, call)
-            live.remember_key(row, call.args)
-            return result
-        finally:
-            if not row.control:
-                self._keeper.touch(live)
-            if row.mutates and live.status is not SessionStatus.DESTROYED:
-                # Also after an error: a call that ran out of time may have changed something.
-                await self._tasks.finish(self._keeper.fold(live))
+        Args:
+            session_id: Of which session.
+            request_id: The name that its caller gave the call.
+            timeout: Seconds to wait for one that still runs.
+
+        Raises:
+            DSPexError: What the call was answered.
+            ResultNotFound: No such call is remembered.
+            CommandTimeout: It still runs.
+            SessionNotFound: There is no such session.
+        """
+        self._get_live(session_id)
+        return await self._outcomes.fetch(session_id, request_id, timeout)
 
     @property
     def _sessions_dir(self) -> Path:

@@ -8,19 +8,25 @@ import contextlib
 import json
 import os
 import signal
+from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
-from dspex_kernels.sessions.backend import Place, SessionBackend
+from dspex_kernels.protocol.records import Change, SessionContents
+from dspex_kernels.sessions.backend import Place, PlaceGone, SessionBackend
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.dedicated import DedicatedBackend
+from dspex_kernels.sessions.kernels import Kernels
 from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.pool import KernelPool
+from dspex_kernels.sessions.pooled import PooledBackend
 from tests.sessions.memory_backend import MemoryBackend
 from tests.waiting import wait_until
 
@@ -32,41 +38,62 @@ class Implementation(abc.ABC):
     """How the suite makes a backend, and breaks it."""
 
     @abc.abstractmethod
-    def make(self) -> SessionBackend: ...
+    def made(self, directory: Path) -> contextlib.AbstractAsyncContextManager[SessionBackend]: ...
 
     @abc.abstractmethod
-    def make_that_cannot_start(self) -> SessionBackend: ...
+    def made_that_cannot_start(self, directory: Path) -> contextlib.AbstractAsyncContextManager[SessionBackend]: ...
 
     @abc.abstractmethod
     def lose(self, backend: Any, place: Place, session_id: str) -> None: ...
 
 
 class Dedicated(Implementation):
-    def make(self) -> SessionBackend:
-        return DedicatedBackend(kernel_name="dspex", policy=LMPolicy())
+    @contextlib.asynccontextmanager
+    async def made(self, directory: Path, kernel_name: str = "dspex") -> AsyncIterator[SessionBackend]:
+        kernels = Kernels(kernel_name=kernel_name, policy=LMPolicy())
+        await kernels.start()
+        try:
+            yield DedicatedBackend(kernels)
+        finally:
+            await kernels.stop()
 
-    def make_that_cannot_start(self) -> SessionBackend:
-        return DedicatedBackend(kernel_name=KERNEL_THAT_DIES_DURING_START, policy=LMPolicy())
+    def made_that_cannot_start(self, directory: Path) -> contextlib.AbstractAsyncContextManager[SessionBackend]:
+        return self.made(directory, KERNEL_THAT_DIES_DURING_START)
 
     def lose(self, backend: Any, place: Place, session_id: str) -> None:
         assert place.pid is not None
         os.kill(place.pid, signal.SIGKILL)
 
 
-class Memory(Implementation):
-    def make(self) -> SessionBackend:
-        return MemoryBackend()
+class Pooled(Dedicated):
+    @contextlib.asynccontextmanager
+    async def made(self, directory: Path, kernel_name: str = "dspex") -> AsyncIterator[SessionBackend]:
+        kernels = Kernels(kernel_name=kernel_name, policy=LMPolicy())
+        await kernels.start()
+        try:
+            yield PooledBackend(
+                KernelPool(kernels, directory / "pool", start_timeout=60.0, size=2, max_restarts=0, prestart=True)
+            )
+        finally:
+            await kernels.stop()
 
-    def make_that_cannot_start(self) -> SessionBackend:
+
+class Memory(Implementation):
+    @contextlib.asynccontextmanager
+    async def made(self, directory: Path) -> AsyncIterator[SessionBackend]:
+        yield MemoryBackend()
+
+    @contextlib.asynccontextmanager
+    async def made_that_cannot_start(self, directory: Path) -> AsyncIterator[SessionBackend]:
         backend = MemoryBackend()
         backend.start_failure = errors.KernelStartFailed("the process exited with code 3")
-        return backend
+        yield backend
 
     def lose(self, backend: Any, place: Place, session_id: str) -> None:
         backend.lose(session_id)
 
 
-@pytest.fixture(params=[Memory, Dedicated], ids=["memory", "dedicated"])
+@pytest.fixture(params=[Memory, Dedicated, Pooled], ids=["memory", "dedicated", "pooled"])
 def implementation(request: pytest.FixtureRequest) -> Implementation:
     made: Implementation = request.param()
     return made
@@ -84,38 +111,51 @@ def kernel_that_dies_during_start() -> Iterator[None]:
     directory.rmdir()
 
 
-class Losses:
-    """Takes the backend's word about lost places."""
+class Told:
+    """The service's side: what the backend tells it."""
 
-    def __init__(self) -> None:
-        self.told: list[tuple[str, Place, str]] = []
+    def __init__(self, backend: SessionBackend, directory: Path) -> None:
+        self.lost: list[tuple[str, Place, str]] = []
+        self._contents: dict[str, SessionContents] = defaultdict(SessionContents)
+        self._backend = backend
+        self._directory = directory
+        backend.lost = lambda *told: self.lost.append(told)
+        backend.changed = self._changed
 
-    def __call__(self, session_id: str, place: Place, why: str) -> None:
-        self.told.append((session_id, place, why))
+    def record(self, session_id: str, generation: int = 1) -> SessionRecord:
+        """The session's record, as the store would hold it now."""
+        now = datetime.now(UTC)
+        keeps_a_journal = not isinstance(self._backend, PooledBackend)
+        return SessionRecord(
+            session_id=session_id,
+            owner="alice",
+            backend=self._backend.name,
+            generation=generation,
+            created_at=now,
+            last_activity=now,
+            directory=str(self._directory / session_id) if keeps_a_journal else None,
+            contents=self._contents[session_id],
+        )
+
+    def _changed(self, session_id: str, generation: int, changes: list[dict[str, Any]]) -> None:
+        for change in TypeAdapter(list[Change]).validate_python(changes):
+            self._contents[session_id].apply(change)
 
 
 @contextlib.asynccontextmanager
-async def started(backend: SessionBackend) -> AsyncIterator[Losses]:
-    losses = Losses()
-    backend.lost = losses
-    await backend.start()
-    try:
-        yield losses
-    finally:
-        await backend.stop()
-
-
-def record(tmp_path: Path, session_id: str, generation: int = 1) -> SessionRecord:
-    now = datetime.now(UTC)
-    return SessionRecord(
-        session_id=session_id,
-        owner="alice",
-        backend="dedicated",
-        generation=generation,
-        created_at=now,
-        last_activity=now,
-        directory=str(tmp_path / session_id),
-    )
+async def started(
+    made: contextlib.AbstractAsyncContextManager[SessionBackend], directory: Path
+) -> AsyncIterator[tuple[Any, Told]]:
+    async with made as backend:
+        told = Told(backend, directory)
+        await backend.start()
+        try:
+            if isinstance(backend, PooledBackend):  # so that two sessions have a kernel each
+                pool = backend.pool
+                await wait_until(lambda: len(pool.serving) == 2 or pool.figures()["failed"], deadline=60, what="the pool")
+            yield backend, told
+        finally:
+            await backend.stop()
 
 
 def call(command: str, timeout: float = 20.0, **args: Any) -> Call:
@@ -144,13 +184,12 @@ async def running(backend: SessionBackend, session_id: str) -> asyncio.Task[dict
 
 def test_sessions_keep_programs_of_one_id_apart_and_find_them_again(implementation, tmp_path):
     async def work() -> None:
-        backend = implementation.make()
-        async with started(backend) as losses:
+        async with started(implementation.made(tmp_path), tmp_path) as (backend, told):
             places = await asyncio.gather(
-                *(backend.open(record(tmp_path, session_id), timeout=60) for session_id in ("a", "b"))
+                *(backend.open(told.record(session_id), timeout=60) for session_id in ("a", "b"))
             )
             assert [place.generation for place in places] == [1, 1]
-            assert places[0].kernel_id != places[1].kernel_id
+            assert (places[0].kernel_id == places[1].kernel_id) <= isinstance(backend, PooledBackend)
             assert backend.get_place("a") == places[0]
             for session_id in ("a", "b"):
                 await backend.call(
@@ -164,23 +203,22 @@ def test_sessions_keep_programs_of_one_id_apart_and_find_them_again(implementati
 
             await backend.close("a")
             assert backend.get_place("a") is None
-            with pytest.raises(errors.SessionNotReady):
+            with pytest.raises(PlaceGone):
                 await backend.call("a", call("list_programs"))
             await backend.close("a")
-            again = await backend.open(record(tmp_path, "a", generation=2), timeout=60)
+            again = await backend.open(told.record("a", generation=2), timeout=60)
             assert again.generation == 2
             assert (await backend.call("a", call("list_programs")))["count"] == 1
-            assert losses.told == [], "what was closed on request is not lost"
+            assert told.lost == [], "what was closed on request is not lost"
 
     run(work())
 
 
 def test_a_lost_place_answers_its_calls_and_tells_once_and_others_notice_nothing(implementation, tmp_path):
     async def work() -> None:
-        backend = implementation.make()
-        async with started(backend) as losses:
+        async with started(implementation.made(tmp_path), tmp_path) as (backend, told):
             for session_id in ("a", "b"):
-                await backend.open(record(tmp_path, session_id), timeout=60)
+                await backend.open(told.record(session_id), timeout=60)
                 await backend.call(
                     session_id, call("create_program", program_id="qa", signature="question -> answer")
                 )
@@ -190,26 +228,25 @@ def test_a_lost_place_answers_its_calls_and_tells_once_and_others_notice_nothing
             async with asyncio.timeout(2):
                 with pytest.raises(errors.KernelDied):
                     await lost
-            assert [(session_id, gone) for session_id, gone, _ in losses.told] == [("a", place)]
+            assert [(session_id, gone) for session_id, gone, _ in told.lost] == [("a", place)]
             assert backend.get_place("a") is None
             assert not unharmed.done()
             assert (await backend.call("b", call("list_programs")))["count"] == 1
 
-            await backend.open(record(tmp_path, "a", generation=2), timeout=60)
+            await backend.open(told.record("a", generation=2), timeout=60)
             assert (await backend.call("a", call("list_programs")))["count"] == 1
             unharmed.cancel()
             await asyncio.wait({unharmed})
-            assert len(losses.told) == 1
+            assert len(told.lost) == 1
 
     run(work())
 
 
 def test_closing_cancels_calls_and_stopping_answers_that_the_service_is_closed(implementation, tmp_path):
     async def work() -> None:
-        backend = implementation.make()
-        async with started(backend) as losses:
+        async with started(implementation.made(tmp_path), tmp_path) as (backend, told):
             for session_id in ("a", "b"):
-                await backend.open(record(tmp_path, session_id), timeout=60)
+                await backend.open(told.record(session_id), timeout=60)
                 await backend.call(
                     session_id, call("create_program", program_id="qa", signature="question -> answer")
                 )
@@ -219,31 +256,29 @@ def test_closing_cancels_calls_and_stopping_answers_that_the_service_is_closed(i
                 await closed
         with pytest.raises(errors.ServiceClosed):
             await stopped
-        assert losses.told == []
+        assert told.lost == []
 
     run(work())
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(implementation, tmp_path):
     async def work() -> None:
-        backend = implementation.make_that_cannot_start()
-        async with started(backend) as losses:
+        async with started(implementation.made_that_cannot_start(tmp_path), tmp_path) as (backend, told):
             with pytest.raises(errors.KernelStartFailed, match="exited with code 3"):
-                await backend.open(record(tmp_path, "a"), timeout=30)
+                await backend.open(told.record("a"), timeout=30)
             assert backend.get_place("a") is None
             await backend.close("a")
-            assert losses.told == [], "open() itself told it"
+            assert told.lost == [], "open() itself told it"
 
     run(work())
 
 
 def test_a_start_that_is_cancelled_leaves_nothing(implementation, tmp_path):
     async def work() -> None:
-        backend = implementation.make()
-        if isinstance(backend, MemoryBackend):
-            backend.gate.clear()
-        async with started(backend):
-            opening = asyncio.create_task(backend.open(record(tmp_path, "a"), timeout=60))
+        async with started(implementation.made(tmp_path), tmp_path) as (backend, told):
+            if isinstance(backend, MemoryBackend):
+                backend.gate.clear()
+            opening = asyncio.create_task(backend.open(told.record("a"), timeout=60))
             runtime = Path(os.environ["JUPYTER_RUNTIME_DIR"])
             if isinstance(backend, DedicatedBackend):
                 await wait_until(lambda: list(runtime.glob("kernel-*.json")), what="the kernel's launch")
@@ -251,6 +286,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(implementation, tmp_path):
             with pytest.raises(asyncio.CancelledError):
                 await opening
             assert backend.get_place("a") is None
-            assert not list(runtime.glob("kernel-*.json"))
+            if isinstance(backend, DedicatedBackend):
+                assert not list(runtime.glob("kernel-*.json"))
 
     run(work())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ import pytest
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel import handlers
+from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.dispatch import Ask, CommandThread, Dispatcher, Identity
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.ledger import Estimate
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook.asker import NotebookAsker
-from dspex_kernels.kernel.programs.tools import Toolbox
+from dspex_kernels.kernel.shelf import Shelf
+from dspex_kernels.kernel.threads import Threads
 from dspex_kernels.protocol import limits
 from dspex_kernels.protocol.commands import OpenSessionArgs
 from tests.waiting import wait_for
@@ -37,21 +38,22 @@ class Workbench:
     def __init__(
         self, dispatcher: type[Dispatcher] = Dispatcher, namespace: Callable[..., Namespace] = Namespace
     ) -> None:
-        self.programs = ThreadPoolExecutor(2)
+        self.threads = Threads(idle_time=0.05)
+        self.shelf = Shelf()
         self.thread = CommandThread()
         self._namespace = namespace
         self.dispatcher = dispatcher(
             Identity("kernel", SESSION),
             open_namespace=self._open,
             thread=self.thread,
-            programs=self.programs,
+            threads=self.threads,
             heartbeat_interval=10.0,
         )
         self.answers: dict[str, list[dict[str, Any]]] = {}
 
     def _open(self, session_id: str, _opened: OpenSessionArgs | None) -> Namespace:
-        toolbox = Toolbox(self.programs)
-        return self._namespace(session_id, toolbox=toolbox, policy=LMPolicy(), executor=self.programs)
+        lane = self.threads.lane()
+        return self._namespace(session_id, lane=lane, shelf=self.shelf, policy=LMPolicy(), executor=lane)
 
     def submit(self, content: Any, request_id: str = "one") -> list[dict[str, Any]]:
         """Ask a command; returns the list that its answers come into."""
@@ -66,7 +68,6 @@ class Workbench:
 
     def close(self) -> None:
         self.dispatcher.close(errors.KernelDied("the test is over"))
-        self.programs.shutdown()
 
 
 @pytest.fixture
@@ -129,8 +130,8 @@ def test_whatever_a_handler_raises_is_answered_and_the_next_command_runs(
 def test_a_stop_iteration_in_a_programs_thread_is_answered(
     workbench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def exhaust(dispatcher: Dispatcher, *_: object) -> None:
-        await dispatcher.in_thread(lambda: next(iter(())))
+    async def exhaust(dispatcher: Dispatcher, call: Call, _args: object) -> None:
+        await dispatcher.in_thread(call, lambda: next(iter(())))
 
     _handle(monkeypatch, exhaust)
     assert "StopIteration" in workbench.ask(ASK_HANDLER)["error"]["message"]

@@ -8,7 +8,7 @@ import pytest
 
 from dspex_kernels import errors
 from dspex_kernels.kernel.ledger import Estimate, Ledger
-from dspex_kernels.protocol.records import Budget, Spent
+from dspex_kernels.protocol.records import Budget, ModelSpent, Spent
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
@@ -85,16 +85,19 @@ def test_a_failed_request_is_counted_and_costs_nothing() -> None:
     ledger = _ledger()
     ledger.settle(ledger.reserve(Estimate(60, 0.5)), "m", {}, None, failed=True)
     assert ledger.cost() == 0.0
-    assert ledger.spent() == Spent(lm_calls=1)
+    assert ledger.spent() == Spent(lm_calls=1, models={"m": ModelSpent(lm_calls=1, failed_calls=1)})
     assert ledger.by_model()["m"].failed_calls == 1
 
 
 def test_what_earlier_kernels_spent_counts_against_the_budget() -> None:
     ledger = _ledger(lm_calls=3)
-    ledger.carry_over(Spent(lm_calls=2, tokens=5, usd=0.5))
+    earlier = ModelSpent(lm_calls=2, total_tokens=5, usd=0.5)
+    ledger.carry_over(Spent(lm_calls=2, tokens=5, usd=0.5, models={"m": earlier}, cache_hits=4))
     ledger.settle(ledger.reserve(Estimate(1, 0.0)), "m", USAGE, 0.0)
-    assert ledger.spent() == Spent(lm_calls=3, tokens=15, usd=0.5)
-    assert ledger.lm_calls() == 1
+    model = ModelSpent(lm_calls=3, prompt_tokens=7, completion_tokens=3, total_tokens=15, usd=0.5)
+    assert ledger.spent() == Spent(lm_calls=3, tokens=15, usd=0.5, models={"m": model}, cache_hits=4)
+    assert ledger.lm_calls() == 3
+    assert ledger.cost() == 0.5
     with pytest.raises(errors.BudgetExceeded):
         ledger.reserve(Estimate(1, 0.0))
 

@@ -140,6 +140,8 @@ def test_a_wrong_key_or_a_kernel_that_is_gone_costs_the_timeout_and_no_more(offl
 
 def test_a_pooled_kernel_is_asked_for_the_session_that_is_named(tmp_path: Path):
     with LiveKernel(env={"DSPEX_BACKEND": "pooled"}) as pooled:
+        pooled.open_session("a")
+        pooled.open_session("b")
 
         async def work() -> None:
             path = pooled.manager.connection_file

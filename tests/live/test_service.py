@@ -212,7 +212,7 @@ def test_a_second_service_leaves_a_living_kernels_connection_file_and_log(make):
             session = await first.create_session(session_id="s")
             async with make() as second:
                 path = await first.get_connection_file("s")
-                with pytest.raises(errors.SessionNotReady, match="in use by another service"):
+                with pytest.raises(errors.SessionNotReady, match="used by another service"):
                     await second.get_session("s").list_programs()
                 assert path is not None
                 async with connect_kernel(path) as direct:

@@ -23,7 +23,7 @@ from dspex_kernels.protocol.records import (
     SessionSettings,
     SettingsChanged,
 )
-from dspex_kernels.sessions.backend import Place, SessionBackend
+from dspex_kernels.sessions.backend import Place, PlaceGone, SessionBackend
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.model import SessionRecord
 
@@ -85,7 +85,7 @@ class MemoryBackend(SessionBackend):
         self.asked.append((session_id, call))
         room = self._rooms.get(session_id)
         if room is None:
-            raise errors.SessionNotReady(f"session {session_id!r} has no place")
+            raise PlaceGone(session_id)
         row = get_command(call.command)
         work = asyncio.ensure_future(self._answer(room, row, row.parse(call.args)))
         failure: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -101,6 +101,9 @@ class MemoryBackend(SessionBackend):
 
     async def close(self, session_id: str) -> None:
         self._leave(session_id, lambda _: errors.CommandCancelled(f"session {session_id!r} was closed"))
+
+    def withdraw(self, session_id: str, request_id: str) -> bool:
+        return False
 
     async def interrupt(self, session_id: str) -> None:
         pass

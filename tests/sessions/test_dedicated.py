@@ -14,7 +14,9 @@ import pytest
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
-from dspex_kernels.sessions.dedicated import LOG_NAME, DedicatedBackend, _log_tail, kernel_environment
+from dspex_kernels.sessions.dedicated import LOG_NAME, DedicatedBackend
+from dspex_kernels.sessions.environment import kernel_environment
+from dspex_kernels.sessions.kernels import Kernels, _log_tail
 from dspex_kernels.sessions.model import SessionRecord
 
 NAME = "dspex-test-scripted"
@@ -61,8 +63,9 @@ def record(tmp_path: Path) -> SessionRecord:
 
 async def open_failing(kernel_name: str, tmp_path: Path, *, timeout: float = 30.0, **options: Any) -> BaseException:
     """What opening a session on that kernelspec raises."""
-    backend = DedicatedBackend(kernel_name=kernel_name, policy=options.pop("policy", LMPolicy()), **options)
-    await backend.start()
+    kernels = Kernels(kernel_name=kernel_name, policy=options.pop("policy", LMPolicy()), **options)
+    backend = DedicatedBackend(kernels)
+    await kernels.start()
     try:
         with pytest.raises(errors.KernelError) as failed:
             await backend.open(record(tmp_path), timeout=timeout)
@@ -70,6 +73,7 @@ async def open_failing(kernel_name: str, tmp_path: Path, *, timeout: float = 30.
         return failed.value
     finally:
         await backend.stop()
+        await kernels.stop()
 
 
 ENVIRONMENT = {

@@ -359,7 +359,7 @@ class TestTwoServicesOnOneStore:
             async with make() as first, make() as second:
                 theirs = await first.create_session(session_id="s")
                 await theirs.create_program("qa", "question -> answer")
-                with pytest.raises(errors.SessionExists, match="'s' is in use by another service"):
+                with pytest.raises(errors.SessionExists, match="holds a session 's' already"):
                     await second.create_session(session_id="s")
                 assert await second.list_sessions() == []
                 await theirs.create_program("more", "question -> answer")
@@ -377,7 +377,7 @@ class TestTwoServicesOnOneStore:
                 theirs = await first.create_session(session_id="s")
                 async with make() as second:
                     for attempt in (second.call("s", "list_programs"), second.destroy_session("s")):
-                        with pytest.raises(errors.SessionNotReady, match="in use by another service"):
+                        with pytest.raises(errors.SessionNotReady, match="used by another service"):
                             await attempt
                     assert second.memory.opened == []
                     await theirs.create_program("qa", "question -> answer")
@@ -545,7 +545,7 @@ class TestWhatOutlivesWhat:
                     database.execute("ALTER TABLE away RENAME TO dspex_sessions")
                 await session.create_program("qa", "question -> answer")
                 async with make() as other:
-                    with pytest.raises(errors.SessionNotReady, match="in use by another service"):
+                    with pytest.raises(errors.SessionNotReady, match="used by another service"):
                         await other.call("s", "list_programs")
                 await session.destroy()
                 assert service.memory.get_place("s") is None

@@ -68,4 +68,10 @@ def ping(dispatcher: Dispatcher, _namespace: Namespace | None, _args: NoArgs) ->
         running=dispatcher.running(),
         uptime_s=time.monotonic() - dispatcher.started_at,
         memory_bytes=memory_bytes(),
+        stuck=dispatcher.stuck(),
+        lag_s=dispatcher.lag(),
+        calls=dispatcher.answered,
+        last_activity=dispatcher.last_activity.isoformat() if dispatcher.last_activity is not None else None,
+        busy=dispatcher.is_busy,
+        clients=dispatcher.clients(),
     )

@@ -58,7 +58,7 @@ async def _run(
         return await run_streaming(call, module, inputs)
     if program.has_acall:
         return await module.acall(**inputs)
-    return await dispatcher.in_thread(lambda: module(**inputs))
+    return await dispatcher.in_thread(call, lambda: module(**inputs))
 
 
 def _for_this_call(program: LiveProgram, config: dict[str, Any]) -> dspy.Module:

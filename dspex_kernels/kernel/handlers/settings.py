@@ -70,5 +70,5 @@ async def reset(_dispatcher: Dispatcher, call: Call, _args: NoArgs) -> ResetResu
 
 async def inspect_history(_dispatcher: Dispatcher, call: Call, args: InspectHistoryArgs) -> InspectHistoryResult:
     """The session's last LM calls, newest last."""
-    entries = [history.entry_to_data(entry) for entry in list(call.namespace.history)[-args.n :]]
+    entries = [history.entry_to_data(entry) for entry in call.namespace.history.entries()[-args.n :]]
     return InspectHistoryResult(entries=entries, count=len(entries))

@@ -6,9 +6,10 @@ sees each attempt of every LM, whoever made it: the session's own, the copies th
 that a pipeline or a notebook cell builds for itself. A subclass of ``dspy.LM`` or an engine object of ours would
 miss the last kind.
 
-The gate checks the policy for each LM, and before each attempt the call's cancel and deadline, and reserves its
-budget; after it, it counts tokens and cost from the response. It retries by itself, so LMs of sessions are built
-with ``num_retries=0``: DSPy's own loop sleeps uncapped, in threads that nobody can stop.
+The gate checks the policy for each LM, and before each attempt the call's cancel and deadline, reserves its budget,
+and lets it wait for its endpoint's limits; after it, it counts tokens and cost from the response. It retries by
+itself, so LMs of sessions are built with ``num_retries=0``: DSPy's own loop sleeps uncapped, in threads that nobody
+can stop.
 
 Synchronous calls (in a cell, in modules without an async path) are sent on a loop of the gate's own and waited
 for: only an asyncio request can be cancelled so that its socket closes. No program runs on that loop. On the
@@ -27,9 +28,9 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import dspy
@@ -44,18 +45,23 @@ from dspy.clients.errors import wrap_error
 from dspy.clients.model_metadata import apreload, model_info, rate
 
 from dspex_kernels import errors
-from dspex_kernels.config import LMPolicy
+from dspex_kernels.config import LMPolicy, ProviderLimits
 from dspex_kernels.errors import CallStopped
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.ledger import Estimate
+from dspex_kernels.kernel.lms.endpoints import Admission, Endpoint, Endpoints, Pause
+from dspex_kernels.kernel.lms.shared import MAX_RETRY_AFTER
 from dspex_kernels.kernel.secrecy import environment_keys, scrub_exception
 
 log = logging.getLogger(__name__)
 
-MAX_RETRY_AFTER = 30.0
-"""Longest wait that a provider's ``retry-after`` is honoured with, in seconds."""
 MAX_BACKOFF = 8.0
 """Longest wait between attempts without such a hint, in seconds."""
+
+PATIENCE = 10.0
+"""Seconds: that a provider did not answer within a shorter timeout of the LM's own says nothing of the provider."""
+LOOK = 0.1
+"""Seconds between two looks of a waiting thread whether its call was stopped."""
 
 MAX_SENDING = 32
 """Threads in which DSPy prepares the requests of synchronous callers."""
@@ -88,12 +94,13 @@ class _Sender(threading.Thread):
         self.loop.run_forever()
 
 
-def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy) -> None:
+def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy, endpoints: Endpoints | None = None) -> None:
     """Put the gate into DSPy. Called once, at the kernel's start.
 
     Args:
         loop: The command loop: a synchronous request made on it holds up every command, which is logged.
         policy: What an LM may name, whoever built it.
+        endpoints: Their quotas and circuits; None is the defaults of ProviderLimits, within this process.
 
     Raises:
         DependencyMissing: This DSPy has no such seams.
@@ -104,6 +111,7 @@ def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy) -> None:
             f"dspy {dspy.__version__} has no place for the LM gate: install dspy >=3.4.1,<3.5"
         )
     select, key = execution._engine, execution.PreparedCall.key
+    limited = endpoints if endpoints is not None else Endpoints(ProviderLimits())
     sender = _Sender()
     sender.start()
 
@@ -118,19 +126,23 @@ def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy) -> None:
             )
         call.check()
         _check_policy(policy, lm, prepared)
+
+        def passage(route: _Route) -> _Passage:
+            return _Passage(call, lm, route.provider, _endpoint(limited, lm, prepared, route.provider))
+
         if asynchronous:
             route = _Route(lm, lambda: select(lm, prepared, True))
-            return _AsyncGate(route, _Passage(call, lm, route.provider)), route.request, route.provider
+            return _AsyncGate(route, passage(route)), route.request, route.provider
         if _runs_on(sender.loop) or not _has_async_twin(lm, prepared):
             route = _Route(lm, lambda: select(lm, prepared, False))
-            return _DirectGate(route, _Passage(call, lm, route.provider)), route.request, route.provider
+            return _DirectGate(route, passage(route)), route.request, route.provider
         if _runs_on(loop):
             log.warning(
                 "session %s: an async module calls %s synchronously, and every command waits for it: use acall",
                 *(call.namespace.session_id, lm.model),
             )
         route = _on_loop(sender.loop, call, _route_there(lm, lambda: select(lm, prepared, True)))
-        gate = _AsyncGate(route, _Passage(call, lm, route.provider))
+        gate = _AsyncGate(route, passage(route))
         return _BridgedGate(gate, sender.loop, call), route.request, route.provider
 
     def salted_key(self: Any, lm: Any, asynchronous: bool) -> dict[str, Any]:
@@ -162,12 +174,29 @@ def _check_policy(policy: LMPolicy, lm: Any, prepared: Any) -> None:
     """Refuse what an LM profile could not have named either: a cell or a pipeline may have built the LM itself."""
     if not prepared.managed or not isinstance(lm._engine_spec, str):
         return  # it has no endpoint that we could know
-    used = {**lm.kwargs, **prepared.legacy}
-    api_base = used.get("api_base") or used.get("base_url")
+    api_base, api_key = _connection(lm, prepared)
     try:
-        policy.check(model=lm.model, api_base=api_base, api_key_env=None, has_key=bool(used.get("api_key")))
+        policy.check(model=lm.model, api_base=api_base, api_key_env=None, has_key=bool(api_key))
     except errors.DSPexError as refusal:
         raise CallStopped(refusal) from None
+
+
+def _connection(lm: Any, prepared: Any) -> tuple[Any, Any]:
+    """The ``api_base`` and the ``api_key`` that a call names."""
+    used = {**lm.kwargs, **prepared.legacy}
+    return used.get("api_base") or used.get("base_url"), used.get("api_key")
+
+
+def _endpoint(endpoints: Endpoints, lm: Any, prepared: Any, provider: str | None) -> Endpoint | None:
+    """Where a call's requests go; None for the offline LM, which has no provider."""
+    if getattr(lm, "is_free", False):
+        return None
+    name = lm.model.split("/", 1)[0] if "/" in lm.model else provider or lm.model
+    if not prepared.managed or not isinstance(lm._engine_spec, str):
+        return endpoints.endpoint(name)  # where its own engine sends we cannot know
+    api_base, api_key = _connection(lm, prepared)
+    # A key may be an object that makes one for each request: those of one provider count as one.
+    return endpoints.endpoint(name, api_base=api_base, api_key=api_key if isinstance(api_key, str) else None)
 
 
 def _runs_on(loop: asyncio.AbstractEventLoop) -> bool:
@@ -270,13 +299,34 @@ class Connections:
         self._close()
 
 
+class _Attempt:
+    """One attempt, and how it went.
+
+    Args:
+        admission: To its endpoint; None for the offline LM.
+    """
+
+    def __init__(self, admission: Admission | None) -> None:
+        self.admission = admission
+        self.sent_at: float | None = None
+        self.bill: tuple[dict[str, Any], float | None] | None = None
+
+    def answered(self, usage: dict[str, Any], cost: float | None) -> None:
+        """Its response came, and used so much."""
+        self.bill = usage, cost
+        if self.admission is not None:
+            total = usage.get("total_tokens")
+            self.admission.answered(total if isinstance(total, int) else None)
+
+
 class _Passage:
     """One request's way through the gate: its attempts, its reservations, its counts."""
 
-    def __init__(self, call: Call, lm: Any, provider: str | None) -> None:
+    def __init__(self, call: Call, lm: Any, provider: str | None, endpoint: Endpoint | None) -> None:
         self.call = call
         self.lm = lm
         self.provider = provider
+        self.endpoint = endpoint
         # DSPy's own loop retries LMs that were not built by a session.
         self.retries: int = getattr(lm, "max_retries", 0)
 
@@ -295,18 +345,22 @@ class _Passage:
             number += 1
             await self._pause(delay)
 
-    async def _pause(self, seconds: float) -> None:
+    async def _pause(self, seconds: float, turn: concurrent.futures.Future[None] | None = None) -> None:
         me = asyncio.current_task()
         assert me is not None
         try:
             with self.call.requesting(me):
-                await asyncio.sleep(seconds)
+                if turn is None:
+                    await asyncio.sleep(seconds)
+                else:
+                    await asyncio.wait({asyncio.wrap_future(turn)}, timeout=seconds)
         except asyncio.CancelledError:
             self.call.check()
             raise
 
     async def _attempt(self, request: Any, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        with self.admitted(request) as answered:
+        with self.admitted(request) as admitted:
+            await self.clear(admitted)
             task = asyncio.ensure_future(attempt())
             try:
                 with self.call.requesting(task):
@@ -315,27 +369,85 @@ class _Passage:
                 await _end(task)
                 self.call.check()
                 raise
-            answered(response)
+            admitted.answered(*self.bill(request, response))
         return response
 
+    async def clear(self, attempt: _Attempt) -> None:
+        """Wait until the endpoint's limits let the attempt through.
+
+        Raises:
+            CallStopped: The call was stopped, or they do not let it through.
+        """
+        with closing(self._clearing(attempt)) as pauses:
+            for pause in pauses:
+                await self._pause(*pause)
+
+    def clear_here(self, attempt: _Attempt) -> None:
+        """``clear`` in the caller's own thread."""
+        with closing(self._clearing(attempt)) as pauses:
+            for pause in pauses:
+                until = time.monotonic() + pause.seconds
+                while not (pause.turn and pause.turn.done()) and (left := until - time.monotonic()) > 0:
+                    time.sleep(min(left, LOOK))
+                    self.call.check()
+
+    def _clearing(self, attempt: _Attempt) -> Generator[Pause, None, None]:
+        try:
+            if attempt.admission is not None:
+                yield from attempt.admission.steps()
+        except (errors.ProviderUnavailable, errors.ProviderFailure) as refusal:
+            raise CallStopped(refusal) from None
+        attempt.sent_at = time.monotonic()
+
     @contextmanager
-    def admitted(self, request: Any) -> Iterator[Callable[[Any], None]]:
-        """One attempt: admitted before it, counted after it, however it ends. Yields what takes its response.
+    def admitted(self, request: Any) -> Iterator[_Attempt]:
+        """One attempt: reserved before it, counted after it, however it ends.
 
         Raises:
             CallStopped: The call was stopped or its deadline passed, or a budget is used up.
         """
         estimate = self._admit(request)
-        bills: list[tuple[dict[str, Any], float | None]] = []
+        endpoint = self.endpoint
+        admission = endpoint.admission(estimate.tokens, self.call.deadline) if endpoint is not None else None
+        attempt = _Attempt(admission)
         try:
-            yield lambda response: bills.append(self._bill(request, response))
+            yield attempt
         except BaseException as failure:
             self._note(failure)
+            if admission is not None and attempt.bill is None:
+                self._tell(admission, attempt, failure)
             raise
         finally:
-            usage, cost = bills[0] if bills else ({}, None)
+            usage, cost = attempt.bill or ({}, None)
             for ledger in (self.call.namespace.ledger, self.call.ledger):
-                ledger.settle(estimate, self.lm.model, usage, cost, failed=not bills)
+                if attempt.sent_at is None:
+                    ledger.release(estimate)
+                else:
+                    ledger.settle(estimate, self.lm.model, usage, cost, failed=attempt.bill is None)
+
+    def _tell(self, admission: Admission, attempt: _Attempt, failure: BaseException) -> None:
+        """Tell the endpoint's circuit how an attempt failed."""
+        if attempt.sent_at is None or not isinstance(failure, Exception):
+            admission.given_up()
+            return
+        known = wrap_error(failure, model=self.lm.model, provider=self.provider)
+        match known:
+            case dspy.LMTransportError() | dspy.LMTimeoutError() if self._is_impatient(attempt.sent_at):
+                admission.given_up()
+            case dspy.LMTransportError() | dspy.LMTimeoutError() | dspy.LMServerError():
+                admission.failed(known.code)
+            case dspy.LMProviderError():
+                admission.answered(None)
+                hint = _hint(known) if isinstance(known, dspy.LMRateLimitError) else None
+                if hint is not None and self.endpoint is not None:
+                    self.endpoint.hold(hint)
+            case _:
+                admission.given_up()
+
+    def _is_impatient(self, sent_at: float) -> bool:
+        # A session with a tiny timeout of its own would shut the endpoint for all.
+        timeout = self.lm.kwargs.get("timeout")
+        return isinstance(timeout, int | float) and timeout <= time.monotonic() - sent_at < PATIENCE
 
     def _admit(self, request: Any) -> Estimate:
         self.call.check()
@@ -361,7 +473,8 @@ class _Passage:
             scrub_exception(failure, self.call.namespace.secrets | own | environment_keys())
             self.call.last_provider_error = failure
 
-    def _bill(self, request: Any, response: Any) -> tuple[dict[str, Any], float | None]:
+    def bill(self, request: Any, response: Any) -> tuple[dict[str, Any], float | None]:
+        """What a response used, and its price in USD; None when that is unknown."""
         if hasattr(response, "outputs"):  # a CallResult, from LiteLLM or an LM of the old kind
             return dict(response.usage or {}), response.cost
         usage = usage_dict(response, self.provider)
@@ -385,10 +498,10 @@ class _Passage:
         known = wrap_error(failure, model=self.lm.model, provider=self.provider)
         if number >= self.retries or not dspy.is_retryable_lm_error(known):
             return None
-        hint = getattr(known, "retry_after", None)
-        if isinstance(hint, (int, float)) and hint >= 0:
-            delay = min(float(hint), MAX_RETRY_AFTER)
-        else:
+        if self.endpoint is not None and self.endpoint.refusal() is not None:
+            return None
+        delay = _hint(known)
+        if delay is None:
             # Half fixed, half random: callers that failed together do not come back together.
             delay = min(0.5 * 2**number, MAX_BACKOFF) * (0.5 + random.random() / 2)  # noqa: S311  # not a secret
         deadline = self.call.deadline
@@ -421,17 +534,15 @@ class _AsyncGate:
         reading = asyncio.current_task()
         assert reading is not None
         answer = StreamAccumulator(request)
-        with (
-            self._route.backend() as backend,
-            self._passage.admitted(request) as answered,
-            self._passage.call.requesting(reading),
-        ):
-            async with aclosing_stream(backend.stream(request)) as events:
-                async for event in events:
-                    answer.push(event)
-                    if event.type == "end":
-                        answered(answer.response())
-                    yield event
+        with self._route.backend() as backend, self._passage.admitted(request) as attempt:
+            await self._passage.clear(attempt)
+            with self._passage.call.requesting(reading):
+                async with aclosing_stream(backend.stream(request)) as events:
+                    async for event in events:
+                        answer.push(event)
+                        if event.type == "end":
+                            attempt.answered(*self._passage.bill(request, answer.response()))
+                        yield event
 
 
 class _BridgedGate:
@@ -457,31 +568,30 @@ class _DirectGate:
         self._passage = passage
 
     def complete(self, request: Any) -> Any:
-        with self._route.backend() as backend, self._passage.admitted(request) as answered:
-            response = backend.complete(request)
-            answered(response)
-        return response
+        return self._send(request, lambda backend: backend.complete(request))
 
     def complete_legacy(self, lm: Any, legacy: dict[str, Any], **context: Any) -> Any:
-        with self._route.backend() as backend, self._passage.admitted(legacy) as answered:
-            response = backend.complete_legacy(lm, dict(legacy), **context)
-            answered(response)
+        return self._send(legacy, lambda backend: backend.complete_legacy(lm, dict(legacy), **context))
+
+    def _send(self, request: Any, attempt: Callable[[Any], Any]) -> Any:
+        with self._route.backend() as backend, self._passage.admitted(request) as admitted:
+            self._passage.clear_here(admitted)
+            response = attempt(backend)
+            admitted.answered(*self._passage.bill(request, response))
         return response
 
     def stream(self, request: Any) -> Iterator[Any]:
         answer = StreamAccumulator(request)
-        with (
-            self._route.backend() as backend,
-            self._passage.admitted(request) as answered,
-            closing_stream(backend.stream(request)) as events,
-        ):
-            for event in events:
-                # Between two events it can be stopped, which closes the socket.
-                self._passage.call.check()
-                answer.push(event)
-                if event.type == "end":
-                    answered(answer.response())
-                yield event
+        with self._route.backend() as backend, self._passage.admitted(request) as attempt:
+            self._passage.clear_here(attempt)
+            with closing_stream(backend.stream(request)) as events:
+                for event in events:
+                    # Between two events it can be stopped, which closes the socket.
+                    self._passage.call.check()
+                    answer.push(event)
+                    if event.type == "end":
+                        attempt.answered(*self._passage.bill(request, answer.response()))
+                    yield event
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
@@ -489,6 +599,12 @@ async def _end(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task}, timeout=1.0)
     if task.done() and not task.cancelled():
         task.exception()  # read, or asyncio logs it as never retrieved, with what it may hold
+
+
+def _hint(failure: Any) -> float | None:
+    """Seconds that the provider asked to wait, within reason; None when it did not."""
+    hint = getattr(failure, "retry_after", None)
+    return min(float(hint), MAX_RETRY_AFTER) if isinstance(hint, int | float) and hint >= 0 else None
 
 
 def _length(request: Any) -> int:

@@ -99,6 +99,8 @@ class Toolbox:
         executor: Runs sync tools, so that they do not block the event loop.
     """
 
+    __slots__ = ("_added", "_executor", "_plugged")
+
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._added: dict[str, SessionTool] = {}

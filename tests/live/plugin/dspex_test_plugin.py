@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import dspy
 
@@ -10,6 +11,25 @@ import dspy
 def look_up(subject: str) -> str:
     """Looks a subject up."""
     return f"nothing about {subject}"
+
+
+class Blocks(dspy.Module):
+    """Blocks its thread until somebody opens the FIFO for writing; no async path."""
+
+    def __init__(self, fifo: str) -> None:
+        super().__init__()
+        self.fifo = fifo
+
+    def forward(self, question: str) -> dspy.Prediction:
+        Path(self.fifo).read_text()
+        return dspy.Prediction(answer="let go")
+
+
+class Hangs(Blocks):
+    """As Blocks, and blocks the command loop: its async path does not await."""
+
+    async def aforward(self, question: str) -> dspy.Prediction:
+        return self.forward(question)
 
 
 class _Recorder(dspy.utils.BaseCallback):

@@ -1,0 +1,520 @@
+"""The service's side of the guardian: launches, signals and exit codes as futures, for any thread and event loop.
+
+One thread does all that may block: it starts the guardian process, writes and reads the socket, and clears away
+when that process was lost. Callers only put a request in its queue and get a ``concurrent.futures.Future``: a
+coroutine awaits it by ``asyncio.wrap_future``, on whatever loop; blocking code asks for its ``result``. Every
+future is marked as running, so that a waiter which is cancelled does not cancel it for the others.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import itertools
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from dspex_kernels import errors
+from dspex_kernels.provisioning import guardian, sweep
+
+Stream = int | IO[Any] | None
+"""A file or descriptor, or ``subprocess.DEVNULL``; None is the service's own."""
+
+CLAIM_TIMEOUT = 1.0
+"""Seconds in which another service's sweep has seen that a new directory holds nothing."""
+EXIT_TIMEOUT = guardian.END_TIMEOUT + 5.0
+"""Seconds in which a guardian that has closed its socket must be gone."""
+
+_CHUNK_BYTES = 1 << 16
+_KEPT = ("LD_LIBRARY_PATH", sweep.ENV_SERVICE_ID)
+"""What the guardian gets of the service's environment: to find Python's library, to be found by an outer sweep."""
+_PROGRAM = (
+    *(sys.executable, "-I", "-S", "-X", "utf8", "-c"),
+    "import sys; sys.path.append(sys.argv[1]); import guardian; "
+    "guardian.main(sys.argv[2], *map(int, sys.argv[3:]))",
+)
+"""Imported by itself, so that no package of ours is loaded around it; imported, for that is compiled once."""
+_log = logging.getLogger(__name__)
+
+
+def unsupported() -> str | None:
+    """Why there can be no guardian on this system; None where there can be."""
+    if sys.platform != "linux":
+        return f"{sys.platform} has no child subreapers"
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return "/proc does not tell a process's children (CONFIG_PROC_CHILDREN)"
+    return None
+
+
+class GuardedProcess:
+    """A process that the guardian launched.
+
+    Attributes:
+        pid: Its process id; it leads a session and a group of its own.
+        ended: Its exit code, once it has ended; negative for the signal that killed it, as Popen has it.
+    """
+
+    def __init__(self, owner: Guardian, key: str, pid: int) -> None:
+        self._owner = owner
+        self._key = key
+        self.pid = pid
+        self.ended: Future[int] = _running()
+
+    def poll(self) -> int | None:
+        """The exit code; None while it lives."""
+        return self.ended.result() if self.ended.done() else None
+
+    def send_signal(self, signum: int) -> Future[bool]:
+        """Signal its process group. The result is whether there was one to be signalled."""
+        return self._owner.signal(self._key, signum)
+
+    def remember(self, paths: Iterable[str]) -> None:
+        """Name more files, sockets and links that are removed when the service ends."""
+        self._owner.post("remember", self._key, paths=[_text(path) for path in paths])
+
+    def forget(self) -> None:
+        """Its paths were removed, or are another launch's by now."""
+        self._owner.post("forget", self._key)
+
+
+@dataclass
+class _Request:
+    """What the guardian is to be told, and who waits for the answer.
+
+    Attributes:
+        content: The message.
+        descriptors: Ours, to be sent along and closed.
+        launched: Of a launch.
+        signalled: Of a signal.
+    """
+
+    content: dict[str, Any]
+    descriptors: list[int] = field(default_factory=list)
+    launched: Future[GuardedProcess] | None = None
+    signalled: Future[bool] | None = None
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+class _Link:
+    """A running guardian process, and the socket to it."""
+
+    def __init__(self, directory: Path, locks: Sequence[int]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            numbers = map(str, (theirs.fileno(), os.getpid(), *locks))
+            try:
+                self.process = subprocess.Popen(  # noqa: S603  # our own program
+                    [*_PROGRAM, str(Path(guardian.__file__).parent), str(directory), *numbers],
+                    env={name: os.environ[name] for name in _KEPT if name in os.environ},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=None if _is_open(2) else subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), *locks),
+                    start_new_session=True,  # a terminal's signals are for the service
+                )
+            except BaseException:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        self.connection = ours
+        self._received = bytearray()
+        self._unsent: deque[tuple[bytearray, _Request]] = deque()
+
+    @property
+    def interest(self) -> int:
+        """What to poll the socket for."""
+        return select.POLLIN | (select.POLLOUT if self._unsent else 0)
+
+    def queue(self, request: _Request) -> None:
+        data = json.dumps(request.content).encode()
+        self._unsent.append((bytearray(guardian.FRAME.pack(len(data)) + data), request))
+
+    def send(self) -> None:
+        """Write as much as the socket takes."""
+        while self._unsent:
+            data, request = self._unsent[0]
+            descriptors = array.array("i", request.descriptors)
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)] if descriptors else []
+            try:
+                sent = self.connection.sendmsg([data], ancillary)
+            except BlockingIOError:
+                return
+            except OSError:  # the guardian is gone: that is read off the socket next
+                return
+            request.close()
+            del data[:sent]
+            if not data:
+                self._unsent.popleft()
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """The messages that have arrived; None when there will be no more."""
+        try:
+            data = self.connection.recv(_CHUNK_BYTES)
+        except ConnectionError:
+            return None
+        if not data:
+            return None
+        self._received += data
+        messages = []
+        while len(self._received) >= guardian.FRAME.size:
+            end = guardian.FRAME.size + guardian.FRAME.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                break
+            messages.append(json.loads(self._received[guardian.FRAME.size : end]))
+            del self._received[:end]
+        return messages
+
+    def close(self) -> None:
+        """Let the guardian go, and reap it."""
+        self.connection.close()
+        for _, request in self._unsent:
+            request.close()
+        try:
+            self.process.wait(EXIT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            _log.warning("guardian %s does not end: it is killed", self.process.pid)
+            self.process.kill()
+            self.process.wait()
+
+
+class Guardian:
+    """A service's guardian: started at once, and started anew for later kernels should it be killed.
+
+    Args:
+        service_id: Every kernel gets it as ``DSPEX_SERVICE_ID``; a file name.
+        services: Where services have their directories. What dead ones left there is ended first.
+        lease: One more open file that the service has locked (``flock``), beside the lock in its directory: both
+            are free when the service and all its kernels are gone. None is none.
+
+    Attributes:
+        directory: The service's own: lock and records. Removed at the end.
+        ready: Done when the first guardian process is started. Fails with StoreError when the disk refuses, or a
+            living service has this id.
+    """
+
+    def __init__(self, service_id: str, services: Path, lease: int | None = None) -> None:
+        self.service_id = service_id
+        self.directory = services / service_id
+        self.ready: Future[None] = _running()
+        self.owner_pid = os.getpid()
+        """The process in which this object works: not in a fork of it, which has no such thread."""
+        self._locks = [] if lease is None else [os.dup(lease)]
+        self._name = f"{self.owner_pid}-{guardian.start_time(self.owner_pid)}"
+        self._numbers = itertools.count(1)
+        self._guard = threading.Lock()  # of the next two: nothing is queued behind "stop"
+        self._queue: deque[_Request] = deque()
+        self._stopping = False
+        self._stopped: Future[None] = _running()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # These are the thread's own.
+        self._launches: dict[str, Future[GuardedProcess]] = {}
+        self._processes: dict[str, GuardedProcess] = {}
+        self._signals: dict[int, Future[bool]] = {}
+        self._link: _Link | None = None
+        # A daemon: a process that ends without stop() must not wait for it, the guardian sees its end.
+        threading.Thread(target=self._run, name=f"dspex-guardian-{service_id}", daemon=True).start()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopping
+
+    @property
+    def pid(self) -> int | None:
+        """The guardian's process id; None where there is none just now."""
+        link = self._link
+        return link.process.pid if link is not None else None
+
+    def launch(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str | None = None,
+        stdin: Stream = subprocess.DEVNULL,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        paths: Iterable[str] = (),
+    ) -> Future[GuardedProcess]:
+        """Start a process: in a session of its own, inheriting nothing but the three streams.
+
+        Args:
+            argv: The program, found by ``env``'s PATH, and its arguments.
+            env: The whole environment; ``DSPEX_SERVICE_ID`` and ``JPY_PARENT_PID`` are added.
+            cwd: Where it runs; None is where the service is.
+            stdin: As Popen has it, without PIPE.
+            stdout: Likewise.
+            stderr: Likewise; ``subprocess.STDOUT`` is where stdout goes.
+            paths: Files, sockets and links that are removed when the service ends.
+
+        Returns:
+            The process, once its program runs. The future fails with an OSError when the program cannot be run, and
+            with KernelStartFailed when the guardian is lost before.
+
+        Raises:
+            OSError: A stream is closed, or there is no current directory.
+            ServiceClosed: ``stop`` was called.
+        """
+        future: Future[GuardedProcess] = _running()
+        content: dict[str, Any] = {
+            "do": "launch",
+            "key": f"{self._name}-{next(self._numbers)}",
+            "argv": [_text(argument) for argument in argv],
+            "env": {_text(name): _text(value) for name, value in env.items()},
+            "cwd": _text(cwd if cwd is not None else str(Path.cwd())),
+            "paths": [_text(path) for path in paths],
+        }
+        content["env"][sweep.ENV_SERVICE_ID] = self.service_id
+        request = _Request(content, _duplicates(stdin, stdout, stderr), launched=future)
+        if not self._put(request):
+            request.close()
+            raise errors.ServiceClosed(f"the guardian of service {self.service_id!r} was stopped")
+        return future
+
+    def signal(self, key: str, signum: int) -> Future[bool]:
+        """Signal a launched process's group; for ``GuardedProcess.send_signal``."""
+        future: Future[bool] = _running()
+        content = {"do": "signal", "key": key, "signum": int(signum), "id": next(self._numbers)}
+        if not self._put(_Request(content, signalled=future)):
+            future.set_result(False)
+        return future
+
+    def post(self, operation: str, key: str, **arguments: Any) -> None:
+        """Tell the guardian something that has no answer; for ``GuardedProcess``."""
+        self._put(_Request({"do": operation, "key": key, **arguments}))
+
+    def stop(self) -> Future[None]:
+        """End all processes, remove all paths and the directory, free the lock. Asking twice is fine."""
+        with self._guard:
+            if not self._stopping:
+                self._stopping = True
+                self._queue.append(_Request({"do": "stop"}))
+                os.eventfd_write(self._wakeup, 1)
+        return self._stopped
+
+    def _put(self, request: _Request) -> bool:
+        with self._guard:
+            if self._stopping:
+                return False
+            self._queue.append(request)
+            os.eventfd_write(self._wakeup, 1)
+        return True
+
+    def _take(self) -> list[_Request]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wakeup)
+        with self._guard:
+            taken = list(self._queue)
+            self._queue.clear()
+        return taken
+
+    def _run(self) -> None:
+        """The thread: one guardian process after another."""
+        try:
+            self._prepare()
+            while not self.ready.exception():
+                self._guard_once()
+                if self._stopping:
+                    break
+                # Not before it is needed: a guardian that cannot live would be started over and over.
+                select.select([self._wakeup], [], [])
+            self._clear()
+        except BaseException as failure:
+            self._stopped.set_exception(failure)
+            raise
+
+    def _prepare(self) -> None:
+        try:
+            sweep.sweep(self.directory.parent)
+            self._locks.append(self._claim())
+        except errors.StoreError as failure:
+            self.ready.set_exception(failure)
+        else:
+            self.ready.set_result(None)
+
+    def _claim(self) -> int:
+        lock = sweep.claim(self.directory, timeout=CLAIM_TIMEOUT)
+        if lock is None:
+            raise errors.StoreError(
+                f"service {self.service_id!r} lives already: {self.directory} is locked; choose another id"
+            )
+        return lock
+
+    def _guard_once(self) -> None:
+        try:
+            link = _Link(self.directory, self._locks)
+        except OSError as failure:
+            _log.exception("service %s: its guardian could not be started", self.service_id)
+            self._refuse(self._take(), f"its guardian could not be started: {failure}")
+        else:
+            self._serve(link)
+
+    def _serve(self, link: _Link) -> None:
+        """Work with one guardian process until it has gone."""
+        self._link = link
+        try:
+            self._exchange(link)
+        finally:
+            self._link = None
+            link.close()
+        if not self._stopping:
+            pid, code = link.process.pid, link.process.returncode
+            _log.warning("service %s: its guardian %s ended with code %s", self.service_id, pid, code)
+        self._end_rest()
+        self._tell_all("its guardian was lost")
+
+    def _exchange(self, link: _Link) -> None:
+        """Pass on what is asked and answered, until the guardian has gone."""
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        while True:
+            for request in self._take():
+                self._submit(link, request)
+            link.send()
+            poll.register(link.connection, link.interest)
+            if any(descriptor != self._wakeup for descriptor, _ in poll.poll()):
+                try:
+                    messages = link.read()
+                except BlockingIOError:  # it was only writable
+                    continue
+                if messages is None:
+                    return
+                for message in messages:
+                    self._heed(message)
+
+    def _submit(self, link: _Link, request: _Request) -> None:
+        content = request.content
+        if request.launched is not None:
+            self._launches[content["key"]] = request.launched
+            # Its parent, for the poller of ipykernel: another id would have it wait for a parent of id 1 for ever.
+            content["env"]["JPY_PARENT_PID"] = str(link.process.pid)
+        elif request.signalled is not None:
+            self._signals[content["id"]] = request.signalled
+        link.queue(request)
+
+    def _heed(self, message: dict[str, Any]) -> None:
+        match message:
+            case {"launched": key, "pid": pid}:
+                process = self._processes[key] = GuardedProcess(self, key, pid)
+                self._launches.pop(key).set_result(process)
+            case {"failed": key, "errno": number, "filename": filename}:
+                self._launches.pop(key).set_exception(OSError(number, os.strerror(number), filename))
+            case {"ended": key, "code": code}:
+                if (ended := self._processes.pop(key, None)) is not None:  # else its launch has failed
+                    ended.ended.set_result(code)
+            case {"told": number, "sent": sent}:
+                self._signals.pop(number).set_result(sent)
+            case {"warning": text}:
+                _log.warning("service %s: %s", self.service_id, text)
+
+    def _end_rest(self) -> bool:
+        """End what a guardian that was killed left: its kernels die with it, what they started does not."""
+        if not self.directory.exists():
+            return True
+        try:
+            left = sweep.end_recorded(self.directory)
+        except OSError:
+            _log.exception("service %s: what its guardian left could not be ended", self.service_id)
+            return False
+        if left:
+            _log.warning("service %s: processes %s do not end", self.service_id, left)
+        return not left
+
+    def _tell_all(self, why: str) -> None:
+        """Answer everybody who waits: there is no process any more."""
+        launches, processes, signals = dict(self._launches), dict(self._processes), dict(self._signals)
+        for waiting in (self._launches, self._processes, self._signals):
+            waiting.clear()
+        for launched in launches.values():
+            launched.set_exception(self._no_kernel(why))
+        for process in processes.values():
+            process.ended.set_result(-signal.SIGKILL)
+        for signalled in signals.values():
+            signalled.set_result(False)
+
+    def _refuse(self, requests: Iterable[_Request], why: str) -> None:
+        for request in requests:
+            request.close()
+            if request.launched is not None:
+                request.launched.set_exception(self._no_kernel(why))
+            if request.signalled is not None:
+                request.signalled.set_result(False)
+
+    def _no_kernel(self, why: str) -> errors.KernelStartFailed:
+        return errors.KernelStartFailed(f"service {self.service_id!r}: no kernel was started: {why}; call again")
+
+    def _clear(self) -> None:
+        """After ``stop``: the guardian has done all this, unless it was lost just then."""
+        with self._guard:
+            self._stopping = True
+            os.close(self._wakeup)
+        failure = self.ready.exception()
+        self._refuse(self._queue, f"the service stops ({failure})" if failure else "the service stops")
+        if failure is None and self._end_rest() and self.directory.exists():
+            guardian.bury(str(self.directory))
+        for lock in self._locks:
+            if failure is None:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+        self._stopped.set_result(None)
+
+
+def _running() -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _text(value: str | os.PathLike[str]) -> str:
+    """As the guardian reads it, which takes file names for UTF-8 whatever the service's locale."""
+    return os.fsencode(value).decode("utf-8", "surrogateescape")
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _duplicates(stdin: Stream, stdout: Stream, stderr: Stream) -> list[int]:
+    """Descriptors of our own, so that the caller may close its files."""
+    if stderr == subprocess.STDOUT:
+        stderr = stdout if stdout is not None else 1
+    found: list[int] = []
+    try:
+        for own, stream in enumerate((stdin, stdout, stderr)):
+            found.append(_duplicate(own, stream))
+    except BaseException:
+        for descriptor in found:
+            os.close(descriptor)
+        raise
+    return found
+
+
+def _duplicate(own: int, stream: Stream) -> int:
+    if stream == subprocess.PIPE:
+        raise ValueError("a guarded kernel's streams are files or descriptors: open a pipe and give its end")
+    if stream == subprocess.DEVNULL or (stream is None and not _is_open(own)):
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    if stream is None:
+        return os.dup(own)
+    return os.dup(stream if isinstance(stream, int) else stream.fileno())

@@ -1,0 +1,118 @@
+"""Carries a call to its session: a place is opened if there is none, the call asked there, its changes kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from dspex_kernels import errors
+from dspex_kernels.protocol.commands import Command, get_command
+from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions.backend import PlaceGone
+from dspex_kernels.sessions.calls import Call
+from dspex_kernels.sessions.keeper import Keeper
+from dspex_kernels.sessions.live import LiveSession
+from dspex_kernels.sessions.outcomes import Outcomes
+from dspex_kernels.sessions.places import Places, Waiter
+
+
+class Carrier:
+    """Carries calls; knows which run.
+
+    Args:
+        places: Opens places, and says where they are.
+        keeper: Makes durable what calls change.
+        outcomes: Remembers how calls ended that have a name.
+    """
+
+    def __init__(self, places: Places, keeper: Keeper, outcomes: Outcomes) -> None:
+        self._places = places
+        self._keeper = keeper
+        self._outcomes = outcomes
+        self._running: set[asyncio.Future[None]] = set()
+
+    @property
+    def running(self) -> set[asyncio.Future[None]]:
+        """A future for each call that has not been answered, done when it is."""
+        return set(self._running)
+
+    async def call(self, live: LiveSession, call: Call, *, waits: bool = True) -> dict[str, Any]:
+        """Ask a command and return its result.
+
+        Args:
+            live: Of which session.
+            call: ``timeout`` is for everything: a kernel's start, the session's restoring, its turn, the command.
+            waits: False to be told at once that there is no place yet.
+
+        Raises:
+            DSPexError: As ``SessionService.call``.
+        """
+        row = get_command(call.command)
+        with self.counted(live, row):
+            if call.request_id is None or row.control:
+                return await self._carry(live, row, call, waits)
+            self._outcomes.begin(live.session_id, call.request_id)
+            try:
+                result = await self._carry(live, row, call, waits)
+            except errors.DSPexError as failure:
+                self._outcomes.keep(live.session_id, call.request_id, failure)
+                raise
+            except BaseException:
+                gone = errors.CommandCancelled(f"{call.command}: its caller went away before it was answered")
+                self._outcomes.keep(live.session_id, call.request_id, gone)
+                raise
+            self._outcomes.keep(live.session_id, call.request_id, result)
+            return result
+
+    @contextlib.contextmanager
+    def counted(self, live: LiveSession, row: Command | None) -> Iterator[None]:
+        """While this lasts, the service does not stop; unless it is a health check, the session is in use."""
+        mark = asyncio.get_running_loop().create_future()
+        self._running.add(mark)
+        active = row is None or not row.control
+        live.running += active
+        try:
+            yield
+        finally:
+            live.running -= active
+            if active:
+                self._keeper.touch(live)
+            self._running.discard(mark)
+            mark.set_result(None)
+
+    async def _carry(self, live: LiveSession, row: Command, call: Call, waits: bool) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + call.timeout
+        while True:
+            await self._places.ensure(live, Waiter(call.command, deadline, call.request_id, waits=waits))
+            # The start may have taken it all, and 0 would be no deadline.
+            left = max(deadline - loop.time(), 0.001)
+            try:
+                return await self._ask(live, row, replace(call, timeout=left))
+            except PlaceGone:
+                # Nothing of it ran: the place was lost between the look and the call.
+                if loop.time() >= deadline:
+                    raise errors.CommandTimeout(
+                        f"{call.command}: the time was over while session {live.session_id!r} moved to another "
+                        "kernel; call again, or give more time",
+                        details={"session_id": live.session_id, "command": call.command},
+                        retry_after=1.0,
+                    ) from None  # PlaceGone tells nothing more
+
+    async def _ask(self, live: LiveSession, row: Command, call: Call) -> dict[str, Any]:
+        """Carry a call to the session's place; what it changed is durable when this returns."""
+        live.asking += 1
+        try:
+            result = await self._places.backend_of(live).call(live.session_id, call)
+            await self._places.remember_key(live, row, call.args)
+        finally:
+            live.asking -= 1
+            if not live.asking and live.quiet is not None:
+                live.quiet.set()
+            if row.mutates and live.status is not SessionStatus.DESTROYED:
+                # Also after an error: a call that ran out of time may have changed something.
+                await self._keeper.settle(live)
+        return result

@@ -1,0 +1,351 @@
+"""Kernel processes of the service: started by kernelspec name, watched until their end, buried whole.
+
+A kernel's death is read off its process (a pidfd on the event loop, or the provisioner's own ``wait()``), not off a
+heartbeat: it is noticed at once, without polling and without a thread. Jupyter's restarter is left out on purpose:
+it would bring a kernel without state back under the same id (enterprise_gateway#819).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import zmq.asyncio
+from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.multikernelmanager import AsyncMultiKernelManager
+from jupyter_client.provisioning import LocalProvisioner
+from jupyter_core.paths import jupyter_runtime_dir
+from traitlets.config import LoggingConfigurable
+
+from dspex_kernels import config, errors
+from dspex_kernels.protocol.commands import Command
+from dspex_kernels.sessions.calls import ReplyListener
+from dspex_kernels.sessions.environment import kernel_environment
+from dspex_kernels.sessions.kernel_connection import KernelConnection, new_context
+from dspex_kernels.sessions.tasks import Tasks
+
+LOG_TAIL_BYTES = 4000
+"""How much of the log a failed start shows."""
+SHUTDOWN_TIMEOUT = 15.0
+"""Seconds for one kernel to end: Jupyter asks, terminates and kills within ten."""
+
+
+@dataclass(eq=False)
+class Kernel:
+    """A kernel of ours, from before its start until it is buried. Made by ``Kernels.start_kernel``."""
+
+    whose: str
+    """For messages and logs: "session 's'", "the pool"."""
+    log_path: Path
+    """Its stdout and stderr; the log of its predecessor is beside it with ``.1``."""
+    link: Path | None
+    """Where a link to its connection file is kept while it lives; None is nowhere."""
+    died: Callable[[Kernel, str], None]
+    """Called once, on the event loop, when its process ended unasked after its start: with one line how."""
+    kernel_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    started_at: float = 0.0
+    """When it answered, on the loop's clock."""
+    pid: int | None = None
+    """None where that is on another machine or unknown."""
+    connection_file: str = ""
+    ready: bool = False
+    """It has answered."""
+    ending: bool = False
+    """Its end is known: asked for, or noticed."""
+    death: str | None = None
+    """How its process ended, when it was not asked to."""
+    _connection: KernelConnection | None = None
+    _unwatch: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def connection(self) -> KernelConnection:
+        """Its channels, from its launch on."""
+        assert self._connection is not None
+        return self._connection
+
+
+class Kernels(LoggingConfigurable):
+    """The kernels of a service, on a private ``AsyncMultiKernelManager``.
+
+    Args:
+        kernel_name: The kernelspec's name.
+        policy: The LM policy that kernels are told.
+        environment: What kernels inherit; None is this process's environment.
+        max_starting: Kernels that start at the same time; others wait. None is twice the processors.
+        **kwargs: For traitlets: ``parent``, ``config``, ``log``. ``KernelManager.transport`` and
+            ``.transport_encryption`` are read from the configuration as Jupyter does.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel_name: str,
+        policy: config.LMPolicy,
+        environment: Mapping[str, str] | None = None,
+        max_starting: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.kernel_name = kernel_name
+        self._policy = policy
+        self._environment = environment
+        self._starting = asyncio.Semaphore(max_starting or 2 * (os.cpu_count() or 1))
+        self._tasks = Tasks(self.log)
+        self._context: zmq.asyncio.Context | None = None
+        self._multi: Any = None
+
+    async def start(self) -> None:
+        """Make ready to start kernels."""
+        runtime_dir = Path(jupyter_runtime_dir())
+        await asyncio.to_thread(runtime_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
+        self._context = new_context()
+        self._multi = AsyncMultiKernelManager(
+            parent=self,
+            context=self._context,
+            connection_dir=str(runtime_dir),
+            # Not the default, AsyncIOLoopKernelManager: that one brings the restarter.
+            kernel_manager_class="jupyter_client.manager.AsyncKernelManager",
+        )
+
+    async def stop(self) -> None:
+        """Wait until every kernel that was ended is gone; the backends end their own before."""
+        try:
+            while running := self._tasks.running:
+                await asyncio.wait(running, timeout=SHUTDOWN_TIMEOUT)
+        finally:
+            if self._context is not None:
+                self._context.destroy(linger=0)
+
+    async def start_kernel(
+        self,
+        *,
+        whose: str,
+        env: Mapping[str, str],
+        log_path: Path,
+        timeout: float,
+        died: Callable[[Kernel, str], None],
+        link: Path | None = None,
+        on_reply: ReplyListener | None = None,
+    ) -> Kernel:
+        """Start a kernel and wait until it answers.
+
+        Args:
+            whose: For messages and logs: "session 's'", "the pool".
+            env: Variables that it gets beside what kernels inherit.
+            log_path: Where its stdout and stderr go; the file's predecessor is kept with ``.1``.
+            timeout: Seconds in which it must answer, from its launch on; its turn to start does not count.
+            died: Called once, on the event loop, if its process ends unasked; whoever waited for an answer has
+                been told by then, and the kernel is buried by itself.
+            link: Where to keep a link to its connection file; None is nowhere.
+            on_reply: As ``KernelConnection`` takes it.
+
+        Raises:
+            KernelStartFailed: It did not come up; nothing is left of it.
+            NotADSPexKernel: It is another kind of kernel; nothing is left of it.
+        """
+        async with self._starting:
+            kernel = Kernel(whose, log_path, link, died)
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._launch(kernel, env, on_reply)
+                    await kernel.connection.identify(timeout=timeout)
+            except BaseException as failure:
+                failed = await self._start_failed(kernel, failure, timeout)
+                if failed is None:
+                    raise
+                raise failed from failure
+        kernel.ready = True
+        kernel.started_at = asyncio.get_running_loop().time()
+        return kernel
+
+    async def end(self, kernel: Kernel, error: errors.DSPexError, *, now: bool = False) -> None:
+        """End a kernel on request; who waits for it is answered with ``error``.
+
+        Args:
+            kernel: Which.
+            error: What its callers are told.
+            now: Whether to kill it, where it would not listen.
+        """
+        kernel.ending = True
+        if kernel._connection is not None:
+            kernel._connection.fail_all(lambda _: error)
+        await self._tasks.finish(self._bury(kernel, now=now))
+
+    async def interrupt(self, kernel: Kernel) -> None:
+        """Interrupt what a kernel runs, as Jupyter does."""
+        await self._multi.interrupt_kernel(kernel.kernel_id)
+
+    async def kill(self, kernel: Kernel) -> None:
+        """Kill a kernel that will not end otherwise: it counts as died, and ``died`` is called."""
+        with contextlib.suppress(KeyError):  # it is gone already
+            await self._multi.get_kernel(kernel.kernel_id).signal_kernel(signal.SIGKILL)
+
+    async def _launch(self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None) -> None:
+        """Start the process, watch it, and open the connection to it."""
+        log_file = await asyncio.to_thread(_open_log, kernel.log_path)
+        with log_file:
+            # Never cancelled halfway: Jupyter would lose sight of a process that runs already.
+            await self._tasks.finish(
+                self._multi.start_kernel(
+                    kernel_name=self.kernel_name,
+                    kernel_id=kernel.kernel_id,
+                    env=self._env(kernel, env),
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        manager = self._multi.get_kernel(kernel.kernel_id)
+        kernel.connection_file = manager.connection_file
+        kernel.pid = manager.provisioner.pid if isinstance(manager.provisioner, LocalProvisioner) else None
+        if kernel.link is not None:
+            await asyncio.to_thread(_link, kernel.link, kernel.connection_file)
+        kernel._connection = KernelConnection(
+            manager.get_connection_info(), context=self._context, name=kernel.kernel_id, on_reply=on_reply
+        )
+        await kernel._connection.open()
+        self._watch(kernel, manager.provisioner)
+
+    async def _start_failed(
+        self, kernel: Kernel, failure: BaseException, timeout: float
+    ) -> errors.KernelError | None:
+        """Clear away what was started. The error to raise; None when ``failure`` itself is to pass."""
+        kernel.ending = True
+        await self._tasks.finish(self._bury(kernel, now=True))
+        if isinstance(failure, errors.NotADSPexKernel) or not isinstance(failure, Exception):
+            return None
+        tail = await asyncio.to_thread(_log_tail, kernel.log_path)
+        if kernel.death is not None:
+            why = f"its process {kernel.death}"
+        elif isinstance(failure, (TimeoutError, errors.CommandTimeout)):
+            why = f"it did not answer within {timeout:g} s (SessionService.kernel_start_timeout)"
+        elif isinstance(failure, NoSuchKernel):
+            why = "no such kernelspec: `dspex-kernels install` writes ours, `jupyter kernelspec list` shows all"
+        else:
+            why = f"{type(failure).__name__}: {failure}"
+        last = f"; its log ends: {tail.splitlines()[-1]}" if tail else ""
+        return errors.KernelStartFailed(
+            f"{kernel.whose}: kernel {self.kernel_name!r} did not start: {why}{last}",
+            details={"whose": kernel.whose, "kernel_name": self.kernel_name, "log_tail": tail},
+        )
+
+    def _env(self, kernel: Kernel, env: Mapping[str, str]) -> dict[str, str]:
+        source = dict(os.environ if self._environment is None else self._environment)
+        return {
+            **kernel_environment(source, self._policy),
+            config.ENV_KERNEL_ID: kernel.kernel_id,
+            config.ENV_LM_POLICY: self._policy.to_json(),
+            **env,
+        }
+
+    def _watch(self, kernel: Kernel, provisioner: Any) -> None:
+        """Have ``_died`` called when the kernel's process ends."""
+        # Another provisioner's pid may be another machine's, so only a local one is watched by pid.
+        if isinstance(provisioner, LocalProvisioner) and hasattr(os, "pidfd_open"):
+            loop = asyncio.get_running_loop()
+            descriptor = os.pidfd_open(provisioner.pid)
+            kernel._unwatch.callback(os.close, descriptor)
+            loop.add_reader(descriptor, lambda: self._died(kernel, _exit_of(descriptor)))
+            kernel._unwatch.callback(loop.remove_reader, descriptor)
+        else:
+            task = self._tasks.spawn(self._wait_for_end(kernel, provisioner))
+            kernel._unwatch.callback(task.cancel)
+
+    async def _wait_for_end(self, kernel: Kernel, provisioner: Any) -> None:
+        code = await provisioner.wait()
+        self._died(kernel, f"ended with code {code}")
+
+    def _died(self, kernel: Kernel, how: str) -> None:
+        """The kernel's process has ended, and nobody asked for it unless ``ending``."""
+        kernel._unwatch.close()
+        if kernel.ending:
+            return
+        kernel.death = how
+        kernel.connection.fail_all(lambda row: _kernel_died(kernel, row))
+        if not kernel.ready:
+            return  # start_kernel() waits for its answer, and clears away
+        kernel.ending = True
+        self.log.warning("%s: kernel %s %s", kernel.whose, kernel.kernel_id, how)
+        self._tasks.spawn(self._bury(kernel, now=True))
+        kernel.died(kernel, how)
+
+    async def _bury(self, kernel: Kernel, *, now: bool) -> None:
+        """Take everything of a kernel away: watch, sockets, process group, connection file."""
+        kernel._unwatch.close()
+        if kernel._connection is not None:
+            await kernel._connection.close()
+        connection_file = Path(self._multi.connection_dir) / f"kernel-{kernel.kernel_id}.json"
+        try:
+            if kernel.kernel_id in self._multi or kernel.kernel_id in self._multi._pending_kernels:
+                async with asyncio.timeout(SHUTDOWN_TIMEOUT):
+                    await self._multi.shutdown_kernel(kernel.kernel_id, now=now)
+        except Exception:  # a provisioner may raise anything, and the others are to be buried too
+            self.log.exception("%s: kernel %s could not be ended", kernel.whose, kernel.kernel_id)
+        finally:
+            self._multi._pending_kernels.pop(kernel.kernel_id, None)
+            connection_file.unlink(missing_ok=True)  # Jupyter leaves it when the launch itself failed
+            link = kernel.link
+            if link is not None and link.is_symlink() and not link.exists():  # else it is the next kernel's already
+                link.unlink()
+
+
+def _kernel_died(kernel: Kernel, row: Command | None) -> errors.KernelDied:
+    command = row.name if row is not None else "kernel_info"
+    return errors.KernelDied(
+        f"{kernel.whose}: kernel {kernel.kernel_id} {kernel.death} during {command}; programs are kept, and the "
+        "next call brings a new kernel",
+        retryable=row is not None and row.repeatable,
+        details={"kernel_id": kernel.kernel_id, "command": command},
+    )
+
+
+def _exit_of(descriptor: int) -> str:
+    """How the process behind a pidfd ended, without reaping it: that is the provisioner's."""
+    try:
+        ended = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # reaped already, or another process's child
+        return "ended"
+    if ended is None:
+        return "ended"
+    if ended.si_code == os.CLD_EXITED:
+        return f"exited with code {ended.si_status}"
+    return f"was killed by {signal.Signals(ended.si_status).name}"
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    """A fresh log for a kernel (0600); the last kernel's is kept beside it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(path.with_name(f"{path.name}.1"))
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_EXCL, 0o600)
+    return os.fdopen(descriptor, "wb", buffering=0)
+
+
+def _link(link: Path, connection_file: str) -> None:
+    """Point the link to this connection file; the one it pointed to is a dead kernel's whose service died too."""
+    if link.is_symlink():
+        link.readlink().unlink(missing_ok=True)
+        link.unlink()
+    link.symlink_to(connection_file)
+
+
+def _log_tail(path: Path) -> str:
+    """The last lines of a log; "" when there is none."""
+    try:
+        with path.open("rb") as log:  # it may be of any size
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            text = log.read(LOG_TAIL_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(_nonempty(text)).strip()
+
+
+def _nonempty(text: str) -> Iterator[str]:
+    return (line.rstrip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,202 @@
+"""Which service has which sessions: one at a time, by a lease in the store and a lock on the machine.
+
+A service is registered in the store for ``LEASE`` seconds, renewed long before they are over, and each session
+names the service that has it. What a service writes to a session that another has taken over is refused by the
+store. On one machine nobody waits for a lease to run out: a service holds a file lock as long as it or any of its
+kernels lives (the lock is shared with the process that ends them), so a lock that is free tells that its service is
+gone, with all its kernels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from logging import Logger, LoggerAdapter
+from pathlib import Path
+from typing import Any
+
+from dspex_kernels import errors
+from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.store import ServiceRecord, SessionStore
+
+LEASE = 15.0
+"""Seconds after its last renewal from when a service on another machine counts as dead."""
+RENEW_INTERVAL = 4.0
+"""Seconds between renewals: three may fail."""
+DYING_TIMEOUT = 8.0
+"""Seconds to wait for the kernels of a service on this machine whose process is gone."""
+DYING_PAUSE = 0.05
+"""Seconds between two looks at that."""
+LOCK_NAME = "lock"
+
+
+class Tenure:
+    """This service's hold on its sessions.
+
+    Args:
+        service_id: As the store was told it.
+        store: Open, once ``begin`` is called.
+        directory: Where services of this machine have their locks, a directory each.
+        log: Is told what goes wrong.
+        deposed: Called when another service has taken this one for dead: its kernels have to go, for its sessions
+            are another's now.
+    """
+
+    def __init__(
+        self,
+        service_id: str,
+        store: SessionStore,
+        directory: Path,
+        log: Logger | LoggerAdapter[Any],
+        deposed: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.service_id = service_id
+        self.lock = -1
+        """The descriptor of the lock; -1 while there is none."""
+        self._store = store
+        self._directory = directory
+        self._log = log
+        self._deposed = deposed
+        self._renewing: asyncio.Task[None] | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The service's own directory, which is gone when the service and its kernels are."""
+        return self._directory / self.service_id
+
+    async def begin(self) -> None:
+        """Register this service; what is left of dead ones is freed.
+
+        Raises:
+            StoreError: The store or the disk refuses.
+        """
+        try:
+            self.lock = await asyncio.to_thread(_make_lock, self.directory)
+        except OSError as failure:
+            raise errors.StoreError(
+                f"cannot lock {self.directory / LOCK_NAME}: {failure.strerror}; make it writable, or set "
+                "SessionService.data_dir"
+            ) from failure
+        now = datetime.now(UTC)
+        await self._store.register(
+            ServiceRecord(self.service_id, socket.gethostname(), os.getpid(), now, now + timedelta(seconds=LEASE))
+        )
+        for other in await self._store.services():
+            if other.service_id != self.service_id and await self._is_dead(other):
+                await self._store.bury(other.service_id)
+        self._renewing = asyncio.create_task(self._renew())
+
+    async def end(self) -> None:
+        """Leave the sessions to whichever service comes next. Called when every kernel has ended."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait({self._renewing})
+        try:
+            await self._store.unregister(self.service_id)
+        except errors.DSPexError as failure:  # the lease runs out, and the lock is free
+            self._log.warning("service %s could not sign off: %s", self.service_id, failure)
+        lock, self.lock = self.lock, -1
+        if lock >= 0:
+            await asyncio.to_thread(_drop_lock, lock, self.directory)
+
+    async def claim(self, session_id: str) -> SessionRecord:
+        """Make a session this service's; what the store holds of it now.
+
+        Raises:
+            SessionNotReady: Another service has it.
+            SessionNotFound: There is none.
+        """
+        deadline = asyncio.get_running_loop().time() + DYING_TIMEOUT
+        while True:
+            try:
+                return await self._store.claim(session_id, self.service_id)
+            except errors.SessionNotReady as taken:
+                holder = next(
+                    (s for s in await self._store.services() if s.service_id == taken.details["holder"]), None
+                )
+                if holder is None:
+                    continue
+                if await self._is_dead(holder):
+                    await self._store.bury(holder.service_id)
+                    continue
+                # Its process is gone and its lock is held: its kernels are just being ended.
+                if not _is_dying(holder) or asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(DYING_PAUSE)
+
+    async def _is_dead(self, service: ServiceRecord) -> bool:
+        if service.host == socket.gethostname():
+            held = await asyncio.to_thread(_is_held, self._directory / service.service_id / LOCK_NAME)
+            if held is not None:
+                return not held
+        return service.expires_at < datetime.now(UTC)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_INTERVAL)
+            try:
+                kept = await self._store.renew(self.service_id, datetime.now(UTC) + timedelta(seconds=LEASE))
+            except errors.DSPexError as failure:
+                self._log.warning("service %s could not renew its lease: %s", self.service_id, failure)
+                continue
+            if not kept:
+                self._log.error("service %s was taken for dead: its sessions are another's now", self.service_id)
+                await self._deposed()
+                now = datetime.now(UTC)
+                await self._store.register(
+                    ServiceRecord(
+                        self.service_id, socket.gethostname(), os.getpid(), now, now + timedelta(seconds=LEASE)
+                    )
+                )
+
+
+def new_service_id() -> str:
+    """A name for a service, never used before."""
+    return f"service_{uuid.uuid4().hex[:16]}"
+
+
+def _make_lock(directory: Path) -> int:
+    directory.mkdir(mode=0o700, parents=True)
+    descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _drop_lock(descriptor: int, directory: Path) -> None:
+    with contextlib.suppress(OSError):  # what cannot be tidied up is in nobody's way
+        (directory / LOCK_NAME).unlink()
+        directory.rmdir()
+    os.close(descriptor)
+
+
+def _is_held(path: Path) -> bool | None:
+    """Whether somebody holds a lock; None where there is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _is_dying(service: ServiceRecord) -> bool:
+    if service.host != socket.gethostname():
+        return False
+    try:
+        os.kill(service.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
