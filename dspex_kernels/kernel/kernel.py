@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -136,11 +137,11 @@ class DSPexKernel(IPythonKernel):
 
     def _finished(self, parent: dict[str, Any]) -> None:
         for stream in (sys.stdout, sys.stderr):
-            # Not flush(): it waits for the iopub thread, up to ten seconds, and may be a cell's own. The states
-            # leave through the same thread, in order.
+            # Not flush(): it waits for the iopub thread, up to ten seconds, and may be a cell's own.
             if isinstance(stream, OutStream):
                 stream.pub_thread.schedule(stream._flush)
-        self._status.idle(parent)
+        # In that thread, after them: a flush puts what it sends at the end of the thread's line.
+        self.iopub_socket.io_thread.schedule(partial(self._status.idle, parent))
 
     def _output_context(self, ident: Any, parent: dict[str, Any]) -> contextvars.Context:
         """The variables by which what a command prints finds its way to who asked."""

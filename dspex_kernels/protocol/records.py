@@ -88,6 +88,9 @@ class ProgramRecord(BaseModel):
     follows: str | None = Field(
         None, max_length=256, description='The alias in the program library that it follows: "qa@prod".'
     )
+    library_version: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="Which version of the library's it is; null where it follows none."
+    )
     dspy_version: str = ""
     created_at: str = Field("", description="UTC, ISO 8601.")
 

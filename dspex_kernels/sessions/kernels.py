@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
 import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO, Any
 
 import zmq.asyncio
 from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 from jupyter_core.paths import jupyter_runtime_dir
-from traitlets.config import LoggingConfigurable
+from traitlets import Unicode
+from traitlets.config import Config, LoggingConfigurable
 
 from dspex_kernels import config, errors
 from dspex_kernels.protocol.commands import Command
@@ -31,9 +35,12 @@ from dspex_kernels.sessions.calls import ReplyListener
 from dspex_kernels.sessions.environment import kernel_environment
 from dspex_kernels.sessions.kernel_connection import KernelConnection, new_context
 from dspex_kernels.sessions.tasks import Tasks
+from dspex_kernels.sessions.tenure import Tenure
 
 LOG_TAIL_BYTES = 4000
 """How much of the log a failed start shows."""
+PROVISIONER = "dspex-guarded"
+"""The entry point of the provisioner whose kernels end with their service, however it ends."""
 SHUTDOWN_TIMEOUT = 15.0
 """Seconds for one kernel to end: Jupyter asks, terminates and kills within ten."""
 
@@ -72,6 +79,23 @@ class Kernel:
         return self._connection
 
 
+class GuardedKernelManager(AsyncKernelManager):
+    """Starts its kernel below the service's guardian, whatever provisioner the kernelspec names."""
+
+    service_id = Unicode("", help="Whose guardian; empty leaves the kernelspec as it is.").tag(config=True)
+
+    @property
+    def kernel_spec(self) -> Any:
+        """Called by Jupyter before each start."""
+        spec = super().kernel_spec
+        if not self.service_id or spec is None:
+            return spec
+        guarded = copy.copy(spec)
+        provisioner = {"provisioner_name": PROVISIONER, "config": {"service_id": self.service_id}}
+        guarded.metadata = {**spec.metadata, "kernel_provisioner": provisioner}
+        return guarded
+
+
 class Kernels(LoggingConfigurable):
     """The kernels of a service, on a private ``AsyncMultiKernelManager``.
 
@@ -101,9 +125,19 @@ class Kernels(LoggingConfigurable):
         self._tasks = Tasks(self.log)
         self._context: zmq.asyncio.Context | None = None
         self._multi: Any = None
+        self._guardian: Any = None
 
-    async def start(self) -> None:
-        """Make ready to start kernels."""
+    async def start(self, tenure: Tenure | None = None, services: Path | None = None) -> None:
+        """Make ready to start kernels.
+
+        Args:
+            tenure: Whose lock shall be held until the last kernel is gone; begun already. None leaves kernels to
+                the kernelspec's own provisioner.
+            services: Where services have their directories, which tell what to end after a crash; with ``tenure``.
+        """
+        if tenure is not None:
+            assert services is not None
+            self._guardian = await _open_guardian(tenure, services)
         runtime_dir = Path(jupyter_runtime_dir())
         await asyncio.to_thread(runtime_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
         self._context = new_context()
@@ -112,8 +146,15 @@ class Kernels(LoggingConfigurable):
             context=self._context,
             connection_dir=str(runtime_dir),
             # Not the default, AsyncIOLoopKernelManager: that one brings the restarter.
-            kernel_manager_class="jupyter_client.manager.AsyncKernelManager",
+            kernel_manager_class=f"{GuardedKernelManager.__module__}.{GuardedKernelManager.__qualname__}",
+            config=self._manager_config(tenure),
         )
+
+    def _manager_config(self, tenure: Tenure | None) -> Config:
+        settings = Config(self.config)
+        if tenure is not None and self._guardian is not None:
+            settings.GuardedKernelManager.service_id = tenure.service_id
+        return settings
 
     async def stop(self) -> None:
         """Wait until every kernel that was ended is gone; the backends end their own before."""
@@ -123,6 +164,8 @@ class Kernels(LoggingConfigurable):
         finally:
             if self._context is not None:
                 self._context.destroy(linger=0)
+            if self._guardian is not None:
+                await asyncio.wait({asyncio.wrap_future(self._guardian.stop())}, timeout=SHUTDOWN_TIMEOUT)
 
     async def start_kernel(
         self,
@@ -247,8 +290,8 @@ class Kernels(LoggingConfigurable):
 
     def _watch(self, kernel: Kernel, provisioner: Any) -> None:
         """Have ``_died`` called when the kernel's process ends."""
-        # Another provisioner's pid may be another machine's, so only a local one is watched by pid.
-        if isinstance(provisioner, LocalProvisioner) and hasattr(os, "pidfd_open"):
+        # Another provisioner's pid may be another machine's, and another's child: it knows better.
+        if type(provisioner) is LocalProvisioner and hasattr(os, "pidfd_open"):
             loop = asyncio.get_running_loop()
             descriptor = os.pidfd_open(provisioner.pid)
             kernel._unwatch.callback(os.close, descriptor)
@@ -260,7 +303,7 @@ class Kernels(LoggingConfigurable):
 
     async def _wait_for_end(self, kernel: Kernel, provisioner: Any) -> None:
         code = await provisioner.wait()
-        self._died(kernel, f"ended with code {code}")
+        self._died(kernel, _exit_by(code))
 
     def _died(self, kernel: Kernel, how: str) -> None:
         """The kernel's process has ended, and nobody asked for it unless ``ending``."""
@@ -314,9 +357,28 @@ def _exit_of(descriptor: int) -> str:
         return "ended"
     if ended is None:
         return "ended"
-    if ended.si_code == os.CLD_EXITED:
-        return f"exited with code {ended.si_status}"
-    return f"was killed by {signal.Signals(ended.si_status).name}"
+    return _exit_by(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
+
+
+def _exit_by(code: int | None) -> str:
+    """How a process ended, by its exit code; negative for a signal."""
+    if code is None:
+        return "ended"
+    return f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+
+
+async def _open_guardian(tenure: Tenure, services: Path) -> Any:
+    """The process below which the service's kernels live; None where there can be none.
+
+    Reached by its entry point: how kernels are born is not this layer's.
+    """
+    found = entry_points(group="jupyter_client.kernel_provisioners", name=PROVISIONER)
+    if not found:
+        raise errors.KernelStartFailed(
+            f"no kernel provisioner {PROVISIONER!r}: install dspex-kernels in this environment, not from a path"
+        )
+    provisioner = await asyncio.to_thread(next(iter(found)).load)
+    return await provisioner.open_guardian(tenure.service_id, services, lease=tenure.lock)
 
 
 def _open_log(path: Path) -> IO[bytes]:

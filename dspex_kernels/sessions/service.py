@@ -126,7 +126,7 @@ class SessionService(LoggingConfigurable):
         try:
             await self._store.open()
             await self._tenure.begin()
-            await self._kernels.start()
+            await self._kernels.start(self._tenure, Path(self.data_dir) / "services")
             for backend in self._backends.values():
                 await backend.start()
             await self._lifetimes.load()
@@ -144,7 +144,7 @@ class SessionService(LoggingConfigurable):
         self._outcomes = Outcomes()
         self._keeper = Keeper(self._store, self._tasks, self.log)
         self._tenure = Tenure(
-            service_id, self._store, Path(self.data_dir) / "services", self.log, self._deposed
+            service_id, self._store, Path(self.data_dir) / "leases", self.log, self._deposed
         )
         self._kernels = Kernels(kernel_name=self.kernel_name, policy=self.lm_policy, parent=self)
         self._backends = {backend.name: backend for backend in self._make_backends()}

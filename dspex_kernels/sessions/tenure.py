@@ -33,7 +33,6 @@ DYING_TIMEOUT = 8.0
 """Seconds to wait for the kernels of a service on this machine whose process is gone."""
 DYING_PAUSE = 0.05
 """Seconds between two looks at that."""
-LOCK_NAME = "lock"
 
 
 class Tenure:
@@ -42,7 +41,7 @@ class Tenure:
     Args:
         service_id: As the store was told it.
         store: Open, once ``begin`` is called.
-        directory: Where services of this machine have their locks, a directory each.
+        directory: Where services of this machine have their locks, a file each.
         log: Is told what goes wrong.
         deposed: Called when another service has taken this one for dead: its kernels have to go, for its sessions
             are another's now.
@@ -65,11 +64,6 @@ class Tenure:
         self._deposed = deposed
         self._renewing: asyncio.Task[None] | None = None
 
-    @property
-    def directory(self) -> Path:
-        """The service's own directory, which is gone when the service and its kernels are."""
-        return self._directory / self.service_id
-
     async def begin(self) -> None:
         """Register this service; what is left of dead ones is freed.
 
@@ -77,10 +71,10 @@ class Tenure:
             StoreError: The store or the disk refuses.
         """
         try:
-            self.lock = await asyncio.to_thread(_make_lock, self.directory)
+            self.lock = await asyncio.to_thread(_make_lock, self._path_of(self.service_id))
         except OSError as failure:
             raise errors.StoreError(
-                f"cannot lock {self.directory / LOCK_NAME}: {failure.strerror}; make it writable, or set "
+                f"cannot lock {self._path_of(self.service_id)}: {failure.strerror}; make it writable, or set "
                 "SessionService.data_dir"
             ) from failure
         now = datetime.now(UTC)
@@ -89,7 +83,7 @@ class Tenure:
         )
         for other in await self._store.services():
             if other.service_id != self.service_id and await self._is_dead(other):
-                await self._store.bury(other.service_id)
+                await self._bury(other)
         self._renewing = asyncio.create_task(self._renew())
 
     async def end(self) -> None:
@@ -103,7 +97,7 @@ class Tenure:
             self._log.warning("service %s could not sign off: %s", self.service_id, failure)
         lock, self.lock = self.lock, -1
         if lock >= 0:
-            await asyncio.to_thread(_drop_lock, lock, self.directory)
+            await asyncio.to_thread(_drop_lock, lock, self._path_of(self.service_id))
 
     async def claim(self, session_id: str) -> SessionRecord:
         """Make a session this service's; what the store holds of it now.
@@ -123,16 +117,25 @@ class Tenure:
                 if holder is None:
                     continue
                 if await self._is_dead(holder):
-                    await self._store.bury(holder.service_id)
+                    await self._bury(holder)
                     continue
                 # Its process is gone and its lock is held: its kernels are just being ended.
                 if not _is_dying(holder) or asyncio.get_running_loop().time() > deadline:
                     raise
             await asyncio.sleep(DYING_PAUSE)
 
+    def _path_of(self, service_id: str) -> Path:
+        return self._directory / service_id
+
+    async def _bury(self, service: ServiceRecord) -> None:
+        """Free a dead service's sessions."""
+        self._log.info("service %s (pid %d on %s) is dead", service.service_id, service.pid, service.host)
+        await self._store.bury(service.service_id)
+        await asyncio.to_thread(self._path_of(service.service_id).unlink, missing_ok=True)
+
     async def _is_dead(self, service: ServiceRecord) -> bool:
         if service.host == socket.gethostname():
-            held = await asyncio.to_thread(_is_held, self._directory / service.service_id / LOCK_NAME)
+            held = await asyncio.to_thread(_is_held, self._path_of(service.service_id))
             if held is not None:
                 return not held
         return service.expires_at < datetime.now(UTC)
@@ -161,17 +164,16 @@ def new_service_id() -> str:
     return f"service_{uuid.uuid4().hex[:16]}"
 
 
-def _make_lock(directory: Path) -> int:
-    directory.mkdir(mode=0o700, parents=True)
-    descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _make_lock(path: Path) -> int:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
 
-def _drop_lock(descriptor: int, directory: Path) -> None:
+def _drop_lock(descriptor: int, path: Path) -> None:
     with contextlib.suppress(OSError):  # what cannot be tidied up is in nobody's way
-        (directory / LOCK_NAME).unlink()
-        directory.rmdir()
+        path.unlink()
     os.close(descriptor)
 
 

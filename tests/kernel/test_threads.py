@@ -89,9 +89,7 @@ def test_waiting_lanes_take_turns_where_all_threads_are_used(
     assert order.index("modest") == 1
 
 
-def test_work_that_is_cancelled_while_it_waits_never_runs(
-    make_threads: Callable[..., Threads], gate: Gate
-) -> None:
+def test_work_that_is_cancelled_while_it_waits_never_runs(make_threads: Callable[..., Threads], gate: Gate) -> None:
     lane = make_threads().lane(limit=1)
     lane.submit(gate.block)
     cancelled, last = lane.submit(pytest.fail, "it ran"), lane.submit(lambda: "ran")

@@ -207,3 +207,20 @@ def test_a_directory_that_cannot_be_used_does_not_keep_the_others_from_being_swe
     write_record(tmp_path, "dead")
     assert sweep.sweep(tmp_path) == ["dead"]
     assert "service broken left cannot be ended" in caplog.text
+
+
+def test_a_lock_whose_file_is_removed_before_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
+    path = tmp_path / "service" / guardian_process.LOCK_NAME
+    flock = fcntl.flock
+
+    def flock_after_a_removal(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_a_removal)
+    claimed = sweep.claim(path.parent, timeout=30)
+    assert claimed is not None
+    assert os.fstat(claimed).st_ino == path.stat().st_ino
+    assert sweep.claim(path.parent) is None
+    os.close(claimed)
