@@ -14,6 +14,7 @@ from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import PlaceGone
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.keeper import Keeper
+from dspex_kernels.sessions.keys import Keys
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.outcomes import Outcomes
 from dspex_kernels.sessions.places import Places, Waiter
@@ -25,12 +26,14 @@ class Carrier:
     Args:
         places: Opens places, and says where they are.
         keeper: Makes durable what calls change.
+        keys: Remembers the keys that calls give.
         outcomes: Remembers how calls ended that have a name.
     """
 
-    def __init__(self, places: Places, keeper: Keeper, outcomes: Outcomes) -> None:
+    def __init__(self, places: Places, keeper: Keeper, keys: Keys, outcomes: Outcomes) -> None:
         self._places = places
         self._keeper = keeper
+        self._keys = keys
         self._outcomes = outcomes
         self._running: set[asyncio.Future[None]] = set()
 
@@ -107,7 +110,7 @@ class Carrier:
         live.asking += 1
         try:
             result = await self._places.backend_of(live).call(live.session_id, call)
-            await self._places.remember_key(live, row, call.args)
+            await self._keys.remember(live, row, call.args)
         finally:
             live.asking -= 1
             if not live.asking and live.quiet is not None:

@@ -15,8 +15,9 @@ from dspex_kernels.protocol import journal
 from dspex_kernels.protocol.records import SessionContents
 from dspex_kernels.sessions.backend import Place, PlaceGone, SessionBackend
 from dspex_kernels.sessions.calls import Call
-from dspex_kernels.sessions.kernels import Kernel, Kernels
+from dspex_kernels.sessions.kernels import SUSPICION_AFTER, Kernel, Kernels
 from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.tasks import Tasks
 
 LOG_NAME = "kernel.log"
 """A kernel's stdout and stderr, in its session's directory."""
@@ -39,14 +40,18 @@ class DedicatedBackend(SessionBackend):
 
     Args:
         kernels: Where they are started.
+        allow_code: Whether its owner may run code in it; else it takes commands only.
         **kwargs: For traitlets: ``parent``, ``config``, ``log``.
     """
 
     name = "dedicated"
 
-    def __init__(self, kernels: Kernels, **kwargs: Any) -> None:
+    def __init__(self, kernels: Kernels, *, allow_code: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._kernels = kernels
+        self._allow_code = allow_code
+        self._tasks = Tasks(self.log)
+        self._suspected: set[Kernel] = set()
         self._homes: dict[str, _Home] = {}
 
     async def start(self) -> None:
@@ -56,6 +61,11 @@ class DedicatedBackend(SessionBackend):
         closed = errors.ServiceClosed("the session service is closing")
         homes = [home for home in list(self._homes.values()) if home.kernel is not None]
         await asyncio.gather(*(self._end(home, closed) for home in homes))
+        running = self._tasks.running
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
 
     async def open(self, record: SessionRecord, *, timeout: float) -> Place:
         if record.directory is None:
@@ -71,6 +81,7 @@ class DedicatedBackend(SessionBackend):
                     config.ENV_SESSION_ID: record.session_id,
                     config.ENV_SESSION_DIR: record.directory,
                     config.ENV_GENERATION: str(record.generation),
+                    config.ENV_ALLOW_CODE: str(int(self._allow_code)),
                 },
                 log_path=directory / LOG_NAME,
                 link=directory / LINK_NAME,
@@ -87,15 +98,19 @@ class DedicatedBackend(SessionBackend):
         home = self._homes.get(session_id)
         if home is None or home.kernel is None:
             raise PlaceGone(session_id)
-        return await home.kernel.connection.request(
-            call.command,
-            call.args,
-            session_id=session_id,
-            timeout=call.timeout,
-            request_id=call.request_id,
-            stream=call.stream,
-            on_event=call.on_event,
-        )
+        try:
+            return await home.kernel.connection.request(
+                call.command,
+                call.args,
+                session_id=session_id,
+                timeout=call.timeout,
+                request_id=call.request_id,
+                stream=call.stream,
+                on_event=call.on_event,
+            )
+        except (errors.CommandTimeout, errors.CommandCancelled, errors.CommandInterrupted, asyncio.CancelledError):
+            self._suspect(home.kernel)
+            raise
 
     async def close(self, session_id: str) -> None:
         home = self._homes.get(session_id)
@@ -113,6 +128,27 @@ class DedicatedBackend(SessionBackend):
     def get_place(self, session_id: str) -> Place | None:
         home = self._homes.get(session_id)
         return _place(home) if home is not None and home.kernel is not None else None
+
+    def _suspect(self, kernel: Kernel) -> None:
+        """Have a kernel looked at in which a call was ended: its program may go on."""
+        if kernel not in self._suspected and not kernel.ending:
+            self._suspected.add(kernel)
+            self._tasks.spawn(self._look_at(kernel))
+
+    async def _look_at(self, kernel: Kernel) -> None:
+        """Interrupt a kernel that goes on with what was ended; kill one that still does."""
+        try:
+            await asyncio.sleep(SUSPICION_AFTER)
+            if not await self._kernels.why_sick(kernel):
+                return
+            await self._kernels.interrupt(kernel)
+            await asyncio.sleep(SUSPICION_AFTER)
+            why = await self._kernels.why_sick(kernel)
+            if why and not kernel.ending:
+                self.log.warning("%s: kernel %s is killed: %s", kernel.whose, kernel.kernel_id, why)
+                await self._kernels.kill(kernel)
+        finally:
+            self._suspected.discard(kernel)
 
     async def _end(self, home: _Home, error: errors.DSPexError) -> None:
         assert home.kernel is not None

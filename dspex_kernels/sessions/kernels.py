@@ -41,6 +41,12 @@ LOG_TAIL_BYTES = 4000
 """How much of the log a failed start shows."""
 PROVISIONER = "dspex-guarded"
 """The entry point of the provisioner whose kernels end with their service, however it ends."""
+PING_TIMEOUT = 3.0
+"""Seconds in which a kernel must answer a ping; control is answered while everything computes."""
+MAX_LAG = 5.0
+"""Seconds after which a kernel whose command loop does not come round counts as hung."""
+SUSPICION_AFTER = 2.0
+"""Seconds after a call's end that was not its own: by then its program has ended, or counts as stuck."""
 SHUTDOWN_TIMEOUT = 15.0
 """Seconds for one kernel to end: Jupyter asks, terminates and kills within ten."""
 
@@ -63,6 +69,8 @@ class Kernel:
     pid: int | None = None
     """None where that is on another machine or unknown."""
     connection_file: str = ""
+    memory_bytes: int = 0
+    """Resident memory when it was last looked at."""
     ready: bool = False
     """It has answered."""
     ending: bool = False
@@ -102,6 +110,8 @@ class Kernels(LoggingConfigurable):
     Args:
         kernel_name: The kernelspec's name.
         policy: The LM policy that kernels are told.
+        limits: The providers' limits that kernels are told; None is none.
+        limits_dir: Where they share what they have used of them; made by ``start``. None shares nothing.
         environment: What kernels inherit; None is this process's environment.
         max_starting: Kernels that start at the same time; others wait. None is twice the processors.
         **kwargs: For traitlets: ``parent``, ``config``, ``log``. ``KernelManager.transport`` and
@@ -113,6 +123,8 @@ class Kernels(LoggingConfigurable):
         *,
         kernel_name: str,
         policy: config.LMPolicy,
+        limits: config.ProviderLimits | None = None,
+        limits_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
         max_starting: int | None = None,
         **kwargs: Any,
@@ -120,6 +132,8 @@ class Kernels(LoggingConfigurable):
         super().__init__(**kwargs)
         self.kernel_name = kernel_name
         self._policy = policy
+        self._limits = limits
+        self._limits_dir = limits_dir
         self._environment = environment
         self._starting = asyncio.Semaphore(max_starting or 2 * (os.cpu_count() or 1))
         self._tasks = Tasks(self.log)
@@ -140,6 +154,8 @@ class Kernels(LoggingConfigurable):
             self._guardian = await _open_guardian(tenure, services)
         runtime_dir = Path(jupyter_runtime_dir())
         await asyncio.to_thread(runtime_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
+        if self._limits_dir is not None:
+            await asyncio.to_thread(self._limits_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
         self._context = new_context()
         self._multi = AsyncMultiKernelManager(
             parent=self,
@@ -231,6 +247,21 @@ class Kernels(LoggingConfigurable):
         with contextlib.suppress(KeyError):  # it is gone already
             await self._multi.get_kernel(kernel.kernel_id).signal_kernel(signal.SIGKILL)
 
+    async def why_sick(self, kernel: Kernel) -> str:
+        """One line why a kernel cannot go on; "" where it can, or has ended. Notes its memory."""
+        try:
+            told = await kernel.connection.request("ping", timeout=PING_TIMEOUT)
+        except errors.CommandTimeout:
+            return f"it did not answer a ping within {PING_TIMEOUT:g} s"
+        except errors.DSPexError:
+            return ""  # it died, or is being ended: that is somebody else's to see
+        kernel.memory_bytes = told["memory_bytes"]
+        if told["lag_s"] > MAX_LAG:
+            return f"its command loop has not come round for {told['lag_s']:.1f} s"
+        if told["stuck"]:
+            return f"a program ignores its end ({told['stuck']} calls)"
+        return ""
+
     async def _launch(self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None) -> None:
         """Start the process, watch it, and open the connection to it."""
         log_file = await asyncio.to_thread(_open_log, kernel.log_path)
@@ -281,8 +312,12 @@ class Kernels(LoggingConfigurable):
 
     def _env(self, kernel: Kernel, env: Mapping[str, str]) -> dict[str, str]:
         source = dict(os.environ if self._environment is None else self._environment)
+        told = {config.ENV_PROVIDER_LIMITS: self._limits.to_json()} if self._limits is not None else {}
+        if self._limits_dir is not None:
+            told[config.ENV_LIMITS_DIR] = str(self._limits_dir)
         return {
             **kernel_environment(source, self._policy),
+            **told,
             config.ENV_KERNEL_ID: kernel.kernel_id,
             config.ENV_LM_POLICY: self._policy.to_json(),
             **env,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
 from dspex_kernels.errors import DSPexError
-from dspex_kernels.protocol.commands import Command, ConfigureArgs, LMProfileArgs
+from dspex_kernels.protocol.commands import LMProfileArgs
 from dspex_kernels.protocol.records import (
     Change,
     LMProfile,
@@ -55,6 +54,8 @@ class LiveSession:
     """One reader of the journal at a time, so that its changes reach the store in order."""
     queued: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     """Calls that wait for the place, by ``request_id`` where they have one; ``cancel`` resolves them."""
+    sealed: bool = False
+    """The store holds its LM's key, sealed."""
     lm_with_key: LMProfileArgs | None = None
     """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
     held: bool = False
@@ -76,6 +77,10 @@ class LiveSession:
     touched: float = 0.0
     reason: str = ""
     """Why it is hibernated or failed, for messages."""
+    busy: bool = False
+    """Its kernel ran a cell when it was last looked at."""
+    clients: int = 0
+    """Notebooks that were attached to its kernel when it was last looked at."""
 
     @classmethod
     def of(cls, record: SessionRecord, reason: str = "") -> Self:
@@ -119,26 +124,3 @@ class LiveSession:
     def become(self, target: SessionStatus, reason: str = "") -> None:
         self.status = move(self.session_id, self.status, target)
         self.reason = reason
-
-    def remember_key(self, row: Command, args: Mapping[str, Any]) -> None:
-        """Note the key that a successful command gave, or that it took the keyed LM away."""
-        if row.name == "reset":
-            self.lm_with_key = None
-        elif row.name == "configure" and "lm" in args:
-            given: ConfigureArgs = row.parse(args)
-            profile = given.lm if isinstance(given.lm, LMProfileArgs) else None
-            self.lm_with_key = profile if profile is not None and profile.api_key is not None else None
-
-    def keyed_lm(self) -> dict[str, Any] | None:
-        """The LM profile with its key, as ``configure`` takes it; None where no key is to be told again.
-
-        Only while the journal still tells of that profile: the LM may have been changed from inside the kernel.
-        """
-        profile = self.lm_with_key
-        if profile is None or profile.api_key is None:
-            return None
-        if self.lm is None or self.lm.model_dump() != profile.profile().model_dump():
-            self.lm_with_key = None
-            return None
-        args = profile.model_dump(mode="json", exclude_unset=True)
-        return {**args, "api_key": profile.api_key.get_secret_value()}

@@ -107,7 +107,7 @@ def _require_portable(session_id: str, contents: SessionContents) -> None:
     if because:
         told = "; ".join(f"program {program_id!r}: {', '.join(why)}" for program_id, why in because.items())
         raise errors.NotPortable(
-            f"session {session_id!r} cannot move: {told[:2000]}; delete what lives in its notebook only, or leave it",
+            f"session {session_id!r} cannot move: {told[:2000]}; delete what its notebook alone has, or leave it",
             details={"session_id": session_id, "because": because},
         )
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from logging import Logger, LoggerAdapter
 from typing import Any
 
 from dspex_kernels import errors
-from dspex_kernels.protocol.commands import Command
 from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import Place, SessionBackend
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernel_connection import MAX_PENDING
+from dspex_kernels.sessions.keys import Keys
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.model import SessionRecord
 from dspex_kernels.sessions.registry import Registry, not_found
@@ -55,6 +56,8 @@ class Places:
         store: Open.
         keeper: Takes in what sessions change.
         tenure: Says which sessions are this service's.
+        keys: Knows the keys of their LMs.
+        log: Is told of sealed keys that do not open.
         tasks: Where starts run.
         start_timeout: Seconds in which a started kernel must answer.
         command_timeout: Seconds for it to be told the LM.
@@ -67,6 +70,8 @@ class Places:
         store: SessionStore,
         keeper: Keeper,
         tenure: Tenure,
+        keys: Keys,
+        log: Logger | LoggerAdapter[Any],
         tasks: Tasks,
         *,
         start_timeout: float,
@@ -77,6 +82,8 @@ class Places:
         self._store = store
         self._keeper = keeper
         self._tenure = tenure
+        self._keys = keys
+        self._log = log
         self._tasks = tasks
         self._start_timeout = start_timeout
         self._command_timeout = command_timeout
@@ -231,10 +238,6 @@ class Places:
         finally:
             live.closing = None
 
-    async def remember_key(self, live: LiveSession, row: Command, args: Mapping[str, Any]) -> None:
-        """Note the key that a successful command gave, for the session's next place."""
-        live.remember_key(row, args)
-
     async def cancel_opening(self, live: LiveSession) -> None:
         """End a start that is under way, and wait until it has cleared away."""
         if live.opening is not None:
@@ -307,8 +310,7 @@ class Places:
             await self._store.set_generation(live.session_id, generation)
             live.note(generation=generation)
             await backend.open(record.model_copy(update={"generation": generation}), timeout=self._start_timeout)
-            if (lm := live.keyed_lm()) is not None:
-                await backend.call(live.session_id, Call("configure", {"lm": lm}, self._command_timeout))
+            await self._tell_key(live, backend)
             if live.status is SessionStatus.STARTING:
                 live.become(SessionStatus.READY)
         except BaseException as failure:
@@ -319,6 +321,17 @@ class Places:
             raise
         finally:
             live.opening = None
+
+    async def _tell_key(self, live: LiveSession, backend: SessionBackend) -> None:
+        """Give a new place the key of the session's LM, where one was given directly."""
+        try:
+            lm = await self._keys.recall(live)
+        except errors.LMCredentialsRequired as refusal:
+            self._log.warning("%s", refusal.message)  # the session is worth opening; its next LM call says the same
+            return
+        if lm is not None:
+            await backend.call(live.session_id, Call("configure", {"lm": lm}, self._command_timeout))
+            await self._keeper.settle(live)
 
     async def _claim(self, live: LiveSession) -> SessionRecord:
         """Make the session this service's, and know of it what the store holds now."""

@@ -26,10 +26,6 @@ FIRST_PAUSE = 0.2
 """Seconds before a slot starts again after one kernel that died at once; doubled for each further one."""
 LONGEST_PAUSE = 30.0
 """Seconds that a slot waits at most between two starts."""
-PING_TIMEOUT = 3.0
-"""Seconds in which a kernel must answer a ping; control is answered while everything computes."""
-MAX_LAG = 5.0
-"""Seconds after which a kernel whose command loop does not come round counts as hung."""
 
 
 @dataclass(eq=False, slots=True)
@@ -44,8 +40,6 @@ class PoolKernel:
     """How many live in it; the backend counts them."""
     answered: int = 0
     """Commands it has answered; the backend counts them."""
-    memory_bytes: int = 0
-    """Resident memory as of the last look."""
 
     @property
     def kernel_id(self) -> str:
@@ -222,7 +216,7 @@ class KernelPool(LoggingConfigurable):
 
     async def suspect(self, member: PoolKernel) -> None:
         """Look at a kernel in which a call did not end as it should; retire it if a program there will not end."""
-        why = await self._why_sick(member)
+        why = await self._kernels.why_sick(member.kernel)
         if why and not member.kernel.ending:
             self.log.warning("pool kernel %s is retired: %s", member.kernel_id, why)
             hung = not why.startswith("a program")
@@ -239,7 +233,7 @@ class KernelPool(LoggingConfigurable):
             "deaths": self.deaths,
             "restarts": self.restarts,
             "recycled": self.recycled,
-            "memory_bytes": sum(member.memory_bytes for member in self.members),
+            "memory_bytes": sum(member.kernel.memory_bytes for member in self.members),
         }
 
     def _fill(self) -> None:
@@ -352,12 +346,12 @@ class KernelPool(LoggingConfigurable):
             await asyncio.gather(*(self._look_at(member) for member in self.serving))
 
     async def _look_at(self, member: PoolKernel) -> None:
-        why = await self._why_sick(member)
+        why = await self._kernels.why_sick(member.kernel)
         if why:
             await self.suspect(member)
             return
         age = asyncio.get_running_loop().time() - member.kernel.started_at
-        reason = self._why_recycle(age, member.answered, member.memory_bytes)
+        reason = self._why_recycle(age, member.answered, member.kernel.memory_bytes)
         if reason and not self._retiring:  # one after another, so that the pool keeps its strength
             self.log.info("pool kernel %s is recycled: %s", member.kernel_id, reason)
             self.retire(member, reason, None)
@@ -369,21 +363,6 @@ class KernelPool(LoggingConfigurable):
             return f"it has answered {answered} calls (KernelPool.max_calls {self.max_calls})"
         if self.max_memory and memory_bytes >= self.max_memory:
             return f"it uses {memory_bytes:,} bytes (KernelPool.max_memory {self.max_memory:,})"
-        return ""
-
-    async def _why_sick(self, member: PoolKernel) -> str:
-        """One line why a kernel cannot go on; "" where it can."""
-        try:
-            told = await member.kernel.connection.request("ping", timeout=PING_TIMEOUT)
-        except errors.CommandTimeout:
-            return f"it did not answer a ping within {PING_TIMEOUT:g} s"
-        except errors.DSPexError:
-            return ""  # it died, or is being ended: that is somebody else's to see
-        member.memory_bytes = told["memory_bytes"]
-        if told["lag_s"] > MAX_LAG:
-            return f"its command loop has not come round for {told['lag_s']:.1f} s"
-        if told["stuck"]:
-            return f"a program ignores its end ({told['stuck']} calls)"
         return ""
 
     def _signal(self) -> None:

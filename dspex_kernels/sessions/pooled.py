@@ -16,6 +16,7 @@ from dspex_kernels import errors
 from dspex_kernels.protocol.commands import Command, get_command
 from dspex_kernels.sessions.backend import Place, PlaceGone, SessionBackend
 from dspex_kernels.sessions.calls import Call
+from dspex_kernels.sessions.kernels import SUSPICION_AFTER
 from dspex_kernels.sessions.model import SessionRecord
 from dspex_kernels.sessions.pool import KernelPool, PoolKernel
 from dspex_kernels.sessions.queue import FairQueue, Moved
@@ -27,8 +28,6 @@ COLLECT_INTERVAL = 0.5
 """Seconds between two questions of what running calls have spent."""
 CROWDED_RATIO, CROWDED_BY = 2, 16
 """A kernel is crowded with more than this often as many sessions as the emptiest has, and this many more."""
-SUSPICION_AFTER = 2.0
-"""Seconds after a call's end that was not its own: by then its program has ended, or counts as stuck."""
 
 
 @dataclass(eq=False, slots=True)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -27,9 +29,12 @@ from dspex_kernels.protocol.commands import get_command
 from dspex_kernels.sessions.backend import SessionBackend
 from dspex_kernels.sessions.calls import Call, CallOptions, EventListener
 from dspex_kernels.sessions.carrier import Carrier
+from dspex_kernels.sessions.culling import Culler, Policy, due
 from dspex_kernels.sessions.dedicated import DedicatedBackend
+from dspex_kernels.sessions.idle import IdleSessions, facts_of
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernels import Kernels
+from dspex_kernels.sessions.keys import Keys
 from dspex_kernels.sessions.lifetimes import Lifetimes
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.migration import Migration
@@ -39,6 +44,7 @@ from dspex_kernels.sessions.places import Places, Waiter
 from dspex_kernels.sessions.pool import KernelPool
 from dspex_kernels.sessions.pooled import PooledBackend
 from dspex_kernels.sessions.registry import Registry, new_record
+from dspex_kernels.sessions.secrets import Vault
 from dspex_kernels.sessions.session import Session
 from dspex_kernels.sessions.store import SessionStore, default_store_url
 from dspex_kernels.sessions.store.sql import SQLStore
@@ -87,13 +93,27 @@ class SessionService(LoggingConfigurable):
     ).tag(config=True)
     allow_code = Bool(
         True,
-        help="Whether owners may run code in their kernels: where false, get_connection_file tells nobody how.",
+        help="Whether owners may run code in kernels of their own; where false, sessions take data only.",
+    ).tag(config=True)
+    cull_idle_timeout = Float(
+        3600.0, min=0, help="Seconds after its last use until a session is hibernated; 0 is never."
+    ).tag(config=True)
+    cull_interval = Float(60.0, min=0.01, help="Seconds between two looks for idle sessions.").tag(config=True)
+    cull_busy = Bool(False, help="Hibernate sessions whose kernel runs a cell, too.").tag(config=True)
+    cull_connected = Bool(False, help="Hibernate sessions to which a notebook is attached, too.").tag(config=True)
+    session_ttl = Float(
+        0.0, min=0, help="Seconds after its last use until a session is destroyed, hibernated or not; 0 is never."
     ).tag(config=True)
     lm_policy = Instance(config.LMPolicy, help="Which models, hosts and keys LM profiles may name.")
+    provider_limits = Instance(config.ProviderLimits, help="What all sessions together may ask of a provider.")
 
     @default("lm_policy")
     def _default_lm_policy(self) -> config.LMPolicy:
         return config.LMPolicy(parent=self)
+
+    @default("provider_limits")
+    def _default_provider_limits(self) -> config.ProviderLimits:
+        return config.ProviderLimits(parent=self)
 
     @default("data_dir")
     def _default_data_dir(self) -> str:
@@ -108,6 +128,7 @@ class SessionService(LoggingConfigurable):
         self._registry = Registry()
         self._tasks = Tasks(self.log)
         self._running = False
+        self._culling: asyncio.Task[None] | None = None
         self._undecided = 0.0
 
     async def start(self) -> Self:
@@ -131,6 +152,7 @@ class SessionService(LoggingConfigurable):
                 await backend.start()
             await self._lifetimes.load()
             self._keeper.start()
+            self._culling = asyncio.create_task(self._culler.run())
         except BaseException:
             await self._stop_all()
             raise
@@ -143,24 +165,37 @@ class SessionService(LoggingConfigurable):
         self._store: SessionStore = SQLStore(self.store_url, service_id)
         self._outcomes = Outcomes()
         self._keeper = Keeper(self._store, self._tasks, self.log)
-        self._tenure = Tenure(
-            service_id, self._store, Path(self.data_dir) / "leases", self.log, self._deposed
+        self._keys = Keys(self._store, Vault.from_environment(os.environ))
+        self._tenure = Tenure(service_id, self._store, Path(self.data_dir) / "leases", self.log, self._deposed)
+        self._kernels = Kernels(
+            kernel_name=self.kernel_name,
+            policy=self.lm_policy,
+            limits=self.provider_limits,
+            limits_dir=Path(self.data_dir) / "limits",
+            parent=self,
         )
-        self._kernels = Kernels(kernel_name=self.kernel_name, policy=self.lm_policy, parent=self)
-        self._backends = {backend.name: backend for backend in self._make_backends()}
+        self._backends: dict[str, SessionBackend] = {backend.name: backend for backend in self._make_backends()}
         self._places = Places(
             self._backends,
             self._registry,
             self._store,
             self._keeper,
             self._tenure,
+            self._keys,
+            self.log,
             self._tasks,
             start_timeout=self.kernel_start_timeout,
             command_timeout=self.command_timeout,
         )
-        self._carrier = Carrier(self._places, self._keeper, self._outcomes)
+        self._carrier = Carrier(self._places, self._keeper, self._keys, self._outcomes)
         self._lifetimes = Lifetimes(self._registry, self._store, self._places, self._keeper, self._tenure, self.log)
         self._migration = Migration(self._store, self._places, self._keeper, self._sessions_dir, self.log)
+        self._culler = Culler(
+            IdleSessions(self._registry, self._places, self._lifetimes, self._keeper, self._tenure, self._tasks),
+            self._cull_policy,
+            interval=self.cull_interval,
+            log=self.log,
+        )
         self._keeper.refused = self._places.discard
         for backend in self._backends.values():
             backend.lost, backend.changed, backend.replied = self._places.lost, self._changed, self._replied
@@ -169,7 +204,10 @@ class SessionService(LoggingConfigurable):
         pool = KernelPool(
             self._kernels, Path(self.data_dir) / "pool", start_timeout=self.kernel_start_timeout, parent=self
         )
-        return [DedicatedBackend(self._kernels, parent=self), PooledBackend(pool, parent=self)]
+        return [
+            DedicatedBackend(self._kernels, allow_code=self.allow_code, parent=self),
+            PooledBackend(pool, parent=self),
+        ]
 
     async def stop(self) -> None:
         """Refuse new calls, answer the running ones, end the kernels, keep what changed, close the store."""
@@ -181,6 +219,9 @@ class SessionService(LoggingConfigurable):
 
     async def _stop_all(self) -> None:
         try:
+            if self._culling is not None:
+                self._culling.cancel()
+                await asyncio.wait({self._culling})
             await asyncio.gather(*(backend.stop() for backend in self._backends.values()))
             await self._kernels.stop()
         finally:
@@ -267,6 +308,9 @@ class SessionService(LoggingConfigurable):
                 await self._tasks.finish(self._lifetimes.end(live))
                 raise
         return ServiceSession(self, session_id)
+
+    def _cull_policy(self) -> Policy:
+        return Policy(self.cull_idle_timeout, self.cull_busy, self.cull_connected, self.session_ttl)
 
     def _next_backend(self) -> str:
         """The service's own, or the pool so often that its share comes out exactly."""
@@ -371,6 +415,17 @@ class SessionService(LoggingConfigurable):
             seconds = timeout or self.kernel_start_timeout + self.command_timeout
             await self._tasks.finish(self._migration.move(live, target, seconds))
 
+    async def resize_pool(self, size: int) -> None:
+        """Change the number of kernels in the pool; those that are too many end when they are empty.
+
+        Raises:
+            InvalidArguments: ``size`` is below 1.
+        """
+        self._check_running()
+        pooled = self._places.backend(PooledBackend.name)
+        assert isinstance(pooled, PooledBackend)
+        await pooled.pool.resize(size)
+
     async def health_check(self) -> dict[str, Any]:
         """``status`` ("ok", "stopped"), ``sessions`` by status, ``calls`` running; no ids and no owners."""
         return {
@@ -468,6 +523,7 @@ class SessionService(LoggingConfigurable):
             programs=list(live.programs),
             created_at=live.record.created_at,
             last_activity=live.last_activity,
+            cull_at=due(facts_of(live), self._cull_policy(), datetime.now(UTC)).at,
         )
 
 

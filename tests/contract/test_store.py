@@ -565,7 +565,7 @@ def _count_commits(store: SQLStore) -> list[None]:
 
 @pytest.mark.parametrize(
     ("bounds", "expected"),
-    [({}, 1), ({"MAX_GROUP": 10}, 3), ({"MAX_GROUP_TIME": -1}, 25)],
+    [({}, 1), ({"MAX_GROUP": 10}, 3), ({"MAX_GROUP": 10, "MAX_GROUP_TIME": -1}, 25)],
     ids=["unbounded", "in number", "in time"],
 )
 def test_writes_that_wait_are_committed_together_in_their_order(
