@@ -140,8 +140,16 @@ class DSPexKernel(IPythonKernel):
             # Not flush(): it waits for the iopub thread, up to ten seconds, and may be a cell's own.
             if isinstance(stream, OutStream):
                 stream.pub_thread.schedule(stream._flush)
-        # In that thread, after them: a flush puts what it sends at the end of the thread's line.
-        self.iopub_socket.io_thread.schedule(partial(self._status.idle, parent))
+        # A flush puts what it sends at the end of that thread's line: the state goes behind it.
+        self.iopub_socket.io_thread.schedule(partial(self._flushed, parent))
+
+    def _flushed(self, parent: dict[str, Any]) -> None:
+        """Called in the iopub thread when a command's output is on its way."""
+        # Not idle() itself here: whoever publishes a state holds the board and may wait for this thread's line.
+        try:
+            self.dispatcher.loop.call_soon_threadsafe(self._status.idle, parent)
+        except RuntimeError:
+            self.log.debug("the command loop has ended: an idle is not told")
 
     def _output_context(self, ident: Any, parent: dict[str, Any]) -> contextvars.Context:
         """The variables by which what a command prints finds its way to who asked."""

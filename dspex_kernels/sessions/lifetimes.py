@@ -54,10 +54,11 @@ class Lifetimes:
         """Know the sessions of an earlier service; what it was destroying is gone now."""
         cursor: str | None = None
         while True:
-            page = await self._store.list(limit=MAX_PAGE, after=cursor)
-            for record in page.records:
-                live = LiveSession.of(record, reason="the service was started anew")
-                if record.status is SessionStatus.DESTROYED:
+            page = await self._store.list_brief(limit=MAX_PAGE, after=cursor)
+            for brief in page.sessions:
+                live = LiveSession.of(brief.record, reason="the service was started anew")
+                live.programs = dict.fromkeys(brief.programs)
+                if brief.record.status is SessionStatus.DESTROYED:
                     await self._finish_ending(live)
                 else:
                     self._registry.add(live)

@@ -146,8 +146,8 @@ class Outcomes:
                 await call.ended.wait()
         except TimeoutError:
             raise errors.CommandTimeout(
-                f"request {request_id!r} of session {session_id!r} still runs: fetch its result later, or give this "
-                "more time",
+                f"request {request_id!r} of session {session_id!r} still runs: fetch its result later, or wait for "
+                "it longer",
                 details={"session_id": session_id, "request_id": request_id},
                 retry_after=1.0,
             ) from None  # the TimeoutError tells nothing more
