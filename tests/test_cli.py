@@ -24,7 +24,7 @@ from dspex_kernels.cli.install import kernel_spec
 from dspex_kernels.protocol import limits
 
 ROOT = Path(__file__).parents[1]
-SUBCOMMANDS = ("demo", "call", "batch", "install", "doctor")
+SUBCOMMANDS = ("demo", "call", "batch", "library", "install", "doctor")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ class TestTheParser:
             "jupyter-dspex": "dspex_kernels.cli:main",
         }
 
-    def test_the_subcommands_are_the_five(self):
+    def test_the_subcommands_are_the_six(self):
         assert tuple(DSPexApp.subcommands) == SUBCOMMANDS
 
     @pytest.mark.parametrize("name", SUBCOMMANDS)

@@ -18,6 +18,7 @@ _CONFIGURABLES = (
     "dspex_kernels.cli.demo.DemoApp",
     "dspex_kernels.cli.call.CallApp",
     "dspex_kernels.cli.batch.BatchApp",
+    "dspex_kernels.cli.library.LibraryApp",
     "dspex_kernels.cli.install.InstallApp",
     "dspex_kernels.cli.doctor.DoctorApp",
 )
@@ -37,6 +38,7 @@ class DSPexApp(CommandLineApp):
         "demo": ("dspex_kernels.cli.demo.DemoApp", "Watch two sessions keep a program under the same id."),
         "call": ("dspex_kernels.cli.call.CallApp", "Send one command straight to a running kernel."),
         "batch": ("dspex_kernels.cli.batch.BatchApp", "Run a program over a JSONL file."),
+        "library": ("dspex_kernels.cli.library.LibraryApp", "Publish programs, and move what sessions follow."),
         "install": ("dspex_kernels.cli.install.InstallApp", "Install the kernelspec."),
         "doctor": ("dspex_kernels.cli.doctor.DoctorApp", "Check this installation, with remedies."),
     }

@@ -19,7 +19,7 @@ from jupyter_core.paths import jupyter_data_dir
 from traitlets import Float, TraitError
 from traitlets.config import catch_config_error
 
-from dspex_kernels import config, errors
+from dspex_kernels import config, errors, logs
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.dispatch import CommandThread, Dispatcher, Identity
 from dspex_kernels.kernel.iopub import CountingIOPubThread
@@ -65,6 +65,7 @@ class DSPexKernelApp(IPKernelApp):
         except errors.DSPexError as refusal:
             self.log.critical("this kernel cannot start: %s", refusal.message)
             self.exit(1)
+        logs.install(find=self._named_call)
 
     def init_iopub(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Called with the other sockets: from the first subscription on, count who listens."""
@@ -182,6 +183,13 @@ class DSPexKernelApp(IPKernelApp):
             return None, SessionContents()
         _sweep(directory.parent)
         return opened
+
+    def _named_call(self) -> logs.Named | None:
+        """The call of the running code, in threads that DSPy gives its settings only."""
+        call = gate.current_call()
+        if call is None or call.request_id is None:  # a cell
+            return None
+        return logs.Named(call.namespace.session_id, call.request_id, self.dispatcher.identity.kernel_id)
 
     @staticmethod
     def _directory(session_id: str) -> Path:

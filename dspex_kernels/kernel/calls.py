@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dspex_kernels import tracing
 from dspex_kernels.errors import CallStopped, CommandTimeout, DSPexError
 from dspex_kernels.kernel.ledger import Ledger
 from dspex_kernels.protocol.records import Budget, Change
@@ -62,6 +63,7 @@ class Call:
         self.ledger = Ledger(budget or Budget(), of=f"call {request_id!r}")
         self.changes: list[Change] = []
         """What it changed in a pooled kernel, where the reply carries that to the store."""
+        self.span = tracing.NO_SPAN
         self.stopped: DSPexError | None = None
         self.stopped_at: float | None = None
         """When, on the ``time.monotonic`` clock; None while it goes on."""

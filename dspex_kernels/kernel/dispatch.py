@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs, tracing
 from dspex_kernels.kernel import handlers
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.failures import explain
@@ -27,7 +26,7 @@ from dspex_kernels.protocol.commands import COMMANDS, DEFAULT_TIMEOUT_S, Command
 from dspex_kernels.protocol.messages import Request, check_size, parse_request
 from dspex_kernels.protocol.records import Spent
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 MAX_HOPS = 64
 """Threads of the command loop's default executor."""
@@ -469,9 +468,19 @@ class Dispatcher:
         return call
 
     def _launch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
-        task = self.loop.create_task(self._run(ask, request, command, args, call), context=ask.context)
+        task = self.loop.create_task(self._watch(ask, request, command, args, call), context=ask.context)
         self._tasks[task] = call
         task.add_done_callback(lambda ended: self._tasks.pop(ended, None))
+
+    async def _watch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
+        about = {"session_id": call.namespace.session_id, "kernel_id": self.identity.kernel_id}
+        with (
+            logs.of_call(**about, request_id=call.request_id),
+            tracing.of_command(
+                command.name, **about, request_id=call.request_id, traceparent=request.traceparent
+            ) as call.span,
+        ):
+            await self._run(ask, request, command, args, call)
 
     async def _run(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
         task = asyncio.current_task()
@@ -529,6 +538,8 @@ class Dispatcher:
             "error": error.to_dict(),
             **self._told(request, namespace, ask.message_id),
         }
+        if call is not None:
+            call.span.tell_outcome(error.code)
         secrets = namespace.secrets if namespace is not None else ()
         # Not orjson: a failure of user code may hold lone surrogates and integers of any size.
         text = json.dumps(content, default=str, ensure_ascii=False, skipkeys=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import threading
 import time
@@ -22,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Self
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.protocol import journal as lines
 from dspex_kernels.protocol.records import Change, SessionContents, Spent
 
@@ -36,7 +35,7 @@ LOCK_TIMEOUT: Final = 2.0
 _LOCK_NAME = "journal.lock"  # apart from the journal, whose inode changes with each compaction
 _TEMPORARY_NAME = "journal.jsonl.new"
 
-logger = logging.getLogger(__name__)
+logger = logs.get_logger(__name__)
 
 
 class Journal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ from typing import Any
 import dspy
 from dspy.dsp.utils.settings import DEFAULT_CONFIG, main_thread_config
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.journal import Journal
@@ -36,7 +35,7 @@ from dspex_kernels.protocol.records import (
     Spent,
 )
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 LM_KEY = "lm"
 """Under which key a session's language model stands on the shelf, beside the ids of its programs."""

@@ -10,7 +10,6 @@ Not ThreadPoolExecutor: the interpreter joins its threads at exit, and a program
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from typing import Any, TypeVar
 
 import dspy
 
+from dspex_kernels import logs
 from dspex_kernels.kernel.calls import SETTING, Call
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 T = TypeVar("T")
 

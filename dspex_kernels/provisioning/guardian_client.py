@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import itertools
 import json
-import logging
 import os
 import select
 import signal
@@ -28,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.provisioning import guardian, sweep
 
 Stream = int | IO[Any] | None
@@ -48,7 +47,7 @@ _PROGRAM = (
     "guardian.main(sys.argv[2], *map(int, sys.argv[3:]))",
 )
 """Imported by itself, so that no package of ours is loaded around it; imported, for that is compiled once."""
-_log = logging.getLogger(__name__)
+_log = logs.get_logger(__name__)
 
 
 def unsupported() -> str | None:

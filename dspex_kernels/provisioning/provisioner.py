@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
 import signal
 from concurrent.futures import Future
@@ -19,7 +18,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 from traitlets import List, Unicode
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.provisioning.guardian_client import GuardedProcess, Guardian, unsupported
 from dspex_kernels.provisioning.guardians import Guardians
 
@@ -35,7 +34,7 @@ _NOT_OURS = ("extra_arguments", "kernel_id", "independent")  # Jupyter's own, as
 _IPC_CHANNELS = ("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port")
 
 _guardians = Guardians()
-_log = logging.getLogger(__name__)
+_log = logs.get_logger(__name__)
 
 
 class GuardedProvisioner(LocalProvisioner):

@@ -11,7 +11,6 @@ What is not found: a process that cleared its environment *and* whose kernel and
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.provisioning import guardian
 
 ENV_SERVICE_ID = "DSPEX_SERVICE_ID"
@@ -28,7 +27,7 @@ KILL_TIMEOUT = 5.0
 """Seconds for killed processes to be gone."""
 
 _PAUSE = 0.02
-_log = logging.getLogger(__name__)
+_log = logs.get_logger(__name__)
 
 
 def claim(directory: Path, *, timeout: float = 0.0) -> int | None:

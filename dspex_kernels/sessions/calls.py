@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from dspex_kernels.sessions.watch import Watch
+
 EventListener = Callable[[dict[str, Any]], None]
 """Takes an event's content; called on the event loop, so it must not block."""
 
@@ -40,6 +42,7 @@ class Call:
         request_id: The caller's name for the call; None lets the connection choose one.
         stream: Whether events shall be reported on the way.
         on_event: Takes each event's content; None is nobody.
+        watch: Takes what is learned of it on the way.
     """
 
     command: str
@@ -48,3 +51,4 @@ class Call:
     request_id: str | None = None
     stream: bool = False
     on_event: EventListener | None = None
+    watch: Watch = field(default_factory=Watch, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,13 @@ from dspex_kernels.protocol.commands import Command, get_command
 from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import PlaceGone
 from dspex_kernels.sessions.calls import Call
+from dspex_kernels.sessions.happenings import Listeners
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.keys import Keys
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.outcomes import Outcomes
 from dspex_kernels.sessions.places import Places, Waiter
+from dspex_kernels.sessions.watch import watched
 
 
 class Carrier:
@@ -28,9 +31,13 @@ class Carrier:
         keeper: Makes durable what calls change.
         keys: Remembers the keys that calls give.
         outcomes: Remembers how calls ended that have a name.
+        listeners: Are told how each call ended.
     """
 
-    def __init__(self, places: Places, keeper: Keeper, keys: Keys, outcomes: Outcomes) -> None:
+    def __init__(
+        self, places: Places, keeper: Keeper, keys: Keys, outcomes: Outcomes, listeners: Listeners
+    ) -> None:
+        self._listeners = listeners
         self._places = places
         self._keeper = keeper
         self._keys = keys
@@ -54,7 +61,15 @@ class Carrier:
             DSPexError: As ``SessionService.call``.
         """
         row = get_command(call.command)
-        with self.counted(live, row):
+        request_id = call.request_id or secrets.token_hex(
+            8
+        )  # lines and spans of a call without a name have one too
+        about = {"session_id": live.session_id, "owner": live.record.owner, "backend": live.record.backend}
+        with (
+            self.counted(live, row),
+            watched(self._listeners, **about, command=row.name, request_id=request_id) as watch,
+        ):
+            call = replace(call, watch=watch)
             if call.request_id is None or row.control:
                 return await self._carry(live, row, call, waits)
             self._outcomes.begin(live.session_id, call.request_id)
@@ -94,7 +109,9 @@ class Carrier:
             # The start may have taken it all, and 0 would be no deadline.
             left = max(deadline - loop.time(), 0.001)
             try:
-                return await self._ask(live, row, replace(call, timeout=left))
+                return await self._ask(
+                    live, row, replace(call, timeout=left, request_id=call.watch.named.request_id)
+                )
             except PlaceGone:
                 # Nothing of it ran: the place was lost between the look and the call.
                 if loop.time() >= deadline:

@@ -148,7 +148,10 @@ class Cullable(Protocol):
         """The ids of all sessions; read at once, before the event loop goes on."""
 
     def facts(self, session_id: str) -> Facts | None:
-        """What is known of a session without asking anybody; None where there is no such session."""
+        """What is known of a session without asking anybody; None where there is no such session.
+
+        Of ``jobs``, ``clients`` and ``busy`` only the look's word counts.
+        """
 
     async def look(self, session_id: str) -> Facts | None:
         """What is known of a session and its kernel now; None where there is no such session.
@@ -158,7 +161,7 @@ class Cullable(Protocol):
         """
 
     def touch(self, session_id: str) -> None:
-        """Note that a session is in use now. Called from ``Culler`` for jobs, busy kernels, attached notebooks."""
+        """Note that a session is in use now. Called from ``Culler``, when a look finds jobs, cells or notebooks."""
 
     async def hibernate(self, session_id: str, reason: str) -> None:
         """Close a session's place; it takes no call in between. What it raises is logged."""
@@ -229,9 +232,10 @@ class Culler:
         found = []
         for number, session_id in enumerate(list(self._sessions.candidates()), start=1):
             facts = self._sessions.facts(session_id)
-            if facts is not None:
-                self._note_use(session_id, facts, policy)
-                if facts.last_activity <= used_before and due(facts, policy, now).action is not Action.KEEP:
+            if facts is not None and facts.last_activity <= used_before:
+                # What its kernel told in an earlier look may be over: only the next look tells.
+                facts = facts._replace(jobs=0, clients=0, busy=False)
+                if due(facts, policy, now).action is not Action.KEEP:
                     found.append(session_id)
             if number % PORTION == 0:
                 await asyncio.sleep(0)
@@ -254,17 +258,14 @@ class Culler:
         facts = await self._sessions.look(session_id)
         if facts is None:
             return
-        self._note_use(session_id, facts, policy)
         verdict = due(facts, policy, self._now())
         if verdict.action is Action.KEEP:
+            if facts.jobs or facts.busy or facts.clients:
+                # Its kernel's word of a job's end may never come: it shall not be culled the moment the job ends.
+                self._sessions.touch(session_id)
             return
         self._log.info("session %s: %s, for %s", session_id, verdict.action, verdict.reason)
         if verdict.action is Action.HIBERNATE:
             await self._sessions.hibernate(session_id, verdict.reason)
         else:
             await self._sessions.destroy(session_id, verdict.reason)
-
-    def _note_use(self, session_id: str, facts: Facts, policy: Policy) -> None:
-        """Note what is in use without calls: a session shall not be culled the moment its long job ends."""
-        if (facts.jobs or facts.busy or facts.clients) and kept_by(facts, policy):
-            self._sessions.touch(session_id)

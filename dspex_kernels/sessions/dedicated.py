@@ -98,6 +98,7 @@ class DedicatedBackend(SessionBackend):
         home = self._homes.get(session_id)
         if home is None or home.kernel is None:
             raise PlaceGone(session_id)
+        call.watch.asked(home.kernel.kernel_id)
         try:
             return await home.kernel.connection.request(
                 call.command,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -24,7 +23,7 @@ import zmq
 import zmq.asyncio
 from jupyter_client.session import Session as MessageSession
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs, tracing
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION, messages
 from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_command
 from dspex_kernels.sessions.calls import EventListener, ReplyListener
@@ -48,7 +47,7 @@ CANCEL_PAUSES = (0.0, 0.05, 0.5, 2.0)
 RECONNECT_MS = 20
 """A kernel that is still starting has not bound its ports; ZMQ's default tries every 100 ms."""
 
-_log = logging.getLogger(__name__)
+_log = logs.get_logger(__name__)
 
 
 def new_context() -> zmq.asyncio.Context:
@@ -209,6 +208,8 @@ class KernelConnection:
             "timeout_s": seconds,
             "stream": stream,
         }
+        if (traceparent := tracing.traceparent()) is not None:
+            content["traceparent"] = traceparent
         messages.parse_request(content)  # what the kernel would refuse need not travel
         if on_event is not None:
             await self._ensure_events()

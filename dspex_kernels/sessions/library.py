@@ -200,11 +200,13 @@ class Library:
             by: Who moves it, for the record; "" is nobody in particular.
 
         Raises:
-            InvalidArguments: ``reference`` or ``by`` is none.
+            InvalidArguments: ``reference``, ``version`` or ``by`` is none.
             ProgramNotFound: There is no such version.
             ProgramLimitReached: The name has as many aliases as it may.
         """
         name, alias = _alias_of(reference)
+        if not 1 <= version < 2**31:  # what a store's integer column holds
+            raise errors.InvalidArguments(f"{str(version)[:64]} is no version: they begin with 1")
         return self._moved(await self._store.point(name, alias, version, by=by or "nobody"))
 
     async def roll_back_alias(self, reference: str, *, by: str = "") -> AliasInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,9 @@ from dspex_kernels.protocol.records import (
 )
 from dspex_kernels.protocol.states import SessionStatus, move
 from dspex_kernels.sessions.model import SessionRecord
+
+Moved = Callable[[str, SessionStatus | None, SessionStatus | None], None]
+"""Takes a backend, and what a session there was and is (``Figures.moved``)."""
 
 
 @dataclass(eq=False, slots=True)
@@ -74,6 +78,8 @@ class LiveSession:
     """Set when none is there any more; made by who waits for that."""
     creating: asyncio.Task[None] | None = None
     """Writes a new session's record; None for one that the store holds already."""
+    moved: Moved | None = None
+    """Told of each change of its backend or status; set while the registry has it."""
     touched: float = 0.0
     reason: str = ""
     """Why it is hibernated or failed, for messages."""
@@ -100,13 +106,19 @@ class LiveSession:
 
     def refresh(self, record: SessionRecord) -> None:
         """Know what the store holds now: another service may have changed it."""
-        self.record = record.model_copy(update={"contents": SessionContents()})
+        self._replace(record.model_copy(update={"contents": SessionContents()}))
         self.programs = dict.fromkeys(record.contents.programs)
         self.lm = record.contents.settings.lm
 
     def note(self, **changed: Any) -> None:
         """Change fields of the record."""
-        self.record = self.record.model_copy(update=changed)
+        self._replace(self.record.model_copy(update=changed))
+
+    def _replace(self, record: SessionRecord) -> None:
+        left, self.record = self.record.backend, record
+        if self.moved is not None and left != record.backend:
+            self.moved(left, self.status, None)
+            self.moved(record.backend, None, self.status)
 
     def apply(self, change: Change) -> None:
         """Take in what is told about a session without asking the store."""
@@ -122,5 +134,7 @@ class LiveSession:
                 self.lm = None
 
     def become(self, target: SessionStatus, reason: str = "") -> None:
-        self.status = move(self.session_id, self.status, target)
+        was, self.status = self.status, move(self.session_id, self.status, target)
+        if self.moved is not None:
+            self.moved(self.record.backend, was, target)
         self.reason = reason

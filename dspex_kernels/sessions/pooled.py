@@ -135,6 +135,7 @@ class PooledBackend(SessionBackend):
         if room.leaving:
             await self._until_gone(room, call, deadline)
         self._move_if_crowded(room)
+        entered = asyncio.get_running_loop().time()
         try:
             turn = await self.queue.enter(
                 session_id,
@@ -146,6 +147,8 @@ class PooledBackend(SessionBackend):
         except Moved:
             await self._until_gone(room, call, deadline)
             raise
+        finally:
+            call.watch.waited(asyncio.get_running_loop().time() - entered)
         try:
             room.running += 1
             return await self._ask(room, call, _left(deadline))
@@ -189,6 +192,7 @@ class PooledBackend(SessionBackend):
 
     async def _ask(self, room: _Room, call: Call, timeout: float) -> dict[str, Any]:
         connection = room.member.kernel.connection
+        call.watch.asked(room.member.kernel_id)
         try:
             return await connection.request(
                 call.command,

@@ -12,14 +12,15 @@ from dspex_kernels import errors
 from dspex_kernels.protocol import names
 from dspex_kernels.protocol.messages import first_problem
 from dspex_kernels.protocol.states import SessionStatus
-from dspex_kernels.sessions.live import LiveSession
+from dspex_kernels.sessions.live import LiveSession, Moved
 from dspex_kernels.sessions.model import SessionRecord
 
 
 class Registry:
     """The sessions of a service, by id. An id is taken until its session is destroyed to the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Moved) -> None:
+        self._moved = moved
         self._sessions: dict[str, LiveSession] = {}
         self._leaving: set[str] = set()
 
@@ -48,6 +49,8 @@ class Registry:
     def add(self, live: LiveSession) -> None:
         """Know a session; it counts from here on."""
         self._sessions[live.session_id] = live
+        live.moved = self._moved
+        live.moved(live.record.backend, None, live.status)
 
     def leave(self, live: LiveSession) -> None:
         """Know a session no more; its id stays taken until ``free``."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from traitlets import Bool, Float, Instance, Integer, Unicode, Union, default
 from traitlets import Callable as CallableTrait
 from traitlets.config import LoggingConfigurable
 
-from dspex_kernels import config, errors
+from dspex_kernels import config, errors, logs
 from dspex_kernels.protocol import names
 from dspex_kernels.protocol.commands import get_command
 from dspex_kernels.sessions.backend import SessionBackend
@@ -31,6 +30,8 @@ from dspex_kernels.sessions.calls import Call, CallOptions, EventListener
 from dspex_kernels.sessions.carrier import Carrier
 from dspex_kernels.sessions.culling import Culler, Policy, due
 from dspex_kernels.sessions.dedicated import DedicatedBackend
+from dspex_kernels.sessions.figures import Figures
+from dspex_kernels.sessions.happenings import Listeners
 from dspex_kernels.sessions.idle import IdleSessions, facts_of
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernels import Kernels
@@ -125,7 +126,11 @@ class SessionService(LoggingConfigurable):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._registry = Registry()
+        logs.cover(self.log)
+        self.figures = Figures()
+        self.listeners = Listeners(self.log)
+        self.listeners.add(self.figures.take)
+        self._registry = Registry(self.figures.moved)
         self._tasks = Tasks(self.log)
         self._running = False
         self._culling: asyncio.Task[None] | None = None
@@ -160,7 +165,8 @@ class SessionService(LoggingConfigurable):
         return self
 
     def _wire(self) -> None:
-        self._registry = Registry()
+        self.figures.forget_sessions()
+        self._registry = Registry(self.figures.moved)
         service_id = new_service_id()
         self._store: SessionStore = SQLStore(self.store_url, service_id)
         self._outcomes = Outcomes()
@@ -187,7 +193,7 @@ class SessionService(LoggingConfigurable):
             start_timeout=self.kernel_start_timeout,
             command_timeout=self.command_timeout,
         )
-        self._carrier = Carrier(self._places, self._keeper, self._keys, self._outcomes)
+        self._carrier = Carrier(self._places, self._keeper, self._keys, self._outcomes, self.listeners)
         self._lifetimes = Lifetimes(self._registry, self._store, self._places, self._keeper, self._tenure, self.log)
         self._migration = Migration(self._store, self._places, self._keeper, self._sessions_dir, self.log)
         self._culler = Culler(
@@ -198,6 +204,7 @@ class SessionService(LoggingConfigurable):
         )
         self._keeper.refused = self._places.discard
         for backend in self._backends.values():
+            self.figures.watch(backend.name)
             backend.lost, backend.changed, backend.replied = self._places.lost, self._changed, self._replied
 
     def _make_backends(self) -> list[SessionBackend]:
@@ -430,8 +437,8 @@ class SessionService(LoggingConfigurable):
         """``status`` ("ok", "stopped"), ``sessions`` by status, ``calls`` running; no ids and no owners."""
         return {
             "status": "ok" if self._running else "stopped",
-            "sessions": dict(Counter(str(live.status) for live in self._registry)),
             "calls": len(self._carrier.running),
+            **self.figures.read(),
         }
 
     async def call(

@@ -295,6 +295,6 @@ def test_a_killed_service_leaves_no_kernel_and_the_next_one_has_its_sessions(mak
 def _kernels() -> list[int]:
     return [
         child.pid
-        for child in psutil.Process().children()
+        for child in psutil.Process().children(recursive=True)
         if child.status() != psutil.STATUS_ZOMBIE and "dspex_kernels.kernel" in child.cmdline()
     ]

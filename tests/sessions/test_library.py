@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -20,6 +23,7 @@ from dspex_kernels.sessions.backend import SessionBackend
 from dspex_kernels.sessions.library import Library, Reference
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.sessions.memory_backend import MemoryBackend
+from tests.test_cli import run_cli  # noqa: F401  # a fixture
 from tests.waiting import wait_until
 
 LOG = logging.getLogger("tests.library")
@@ -712,3 +716,73 @@ class TestFollowing:
                     await session.call("follow_program", {"record": record(1).model_dump(mode="json")})
 
         run(work())
+
+
+class TestTheCommand:
+    def test_it_publishes_points_and_rolls_back_on_the_store_that_services_use(
+        self,
+        run_cli,  # noqa: F811  # the fixture
+        make,
+        tmp_path,
+        monkeypatch,
+    ):
+        store, file = f"--store={tmp_path / 'store.sqlite'}", tmp_path / "qa.json"
+
+        def outcome(*argv: str) -> dict[str, Any]:
+            code, out, err = run_cli("library", *argv, store, "--by=alice")
+            assert (code, err) == (0, "")
+            answer: dict[str, Any] = json.loads(out)
+            return answer
+
+        file.write_text(record(10).model_dump_json())
+        first = outcome("publish", str(file), "qa", "--alias=prod")
+        assert (first["version"], first["alias"], first["made_by"]) == (1, "prod", "alice")
+        exported = json.dumps({"record": record(20).model_dump(mode="json")}).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(exported)))
+        assert outcome("publish", "-", "qa")["version"] == 2
+        assert outcome("point", "qa@prod", "2")["previous"] == 1
+        assert outcome("list") == {"name": "qa", "versions": [1, 2], "aliases": {"prod": 2}}
+
+        async def ask(expected: int) -> None:
+            async with make() as service, service.session() as session:
+                await session.create_program("qa", library="qa@prod")
+                assert await seed_of(session) == expected
+
+        run(ask(20))
+        assert outcome("rollback", "qa@prod")["version"] == 1
+        run(ask(10))
+
+    @pytest.mark.parametrize(
+        ("argv", "code", "message"),
+        [
+            ((), "invalid_arguments", "list, publish, point, rollback"),
+            (("move",), "invalid_arguments", "list, publish, point, rollback"),
+            (("point", "qa@prod"), "invalid_arguments", "NAME@ALIAS and VERSION"),
+            (("list", "--alias=prod"), "invalid_arguments", "--alias is for publish"),
+            (("point", "qa@prod", "two"), "invalid_arguments", "no version"),
+            (("point", "qa@prod", "9" * 40), "invalid_arguments", "no version"),
+            (("point", "qa", "1"), "invalid_arguments", "name@alias"),
+            (("point", "qa@prod", "1"), "program_not_found", "no version 1 of 'qa'"),
+            (("rollback", "qa@prod"), "program_not_found", "qa@prod"),
+            (("publish", "missing.json", "qa"), "invalid_arguments", "missing.json"),
+            (("publish", "{file}", "qa"), "invalid_record", "not JSON"),
+            (("list", "--store=elsewhere.sqlite"), "store_error", "no store"),
+        ],
+    )
+    def test_what_cannot_be_done_fails_in_one_line(
+        self,
+        run_cli,  # noqa: F811  # the fixture
+        url,
+        tmp_path,
+        argv,
+        code,
+        message,
+    ):
+        (tmp_path / "text").write_text("no JSON")
+        words = [word.format(file=tmp_path / "text") for word in argv]
+        store = [] if "--store=elsewhere.sqlite" in words else [f"--store={url}"]
+        status, out, err = run_cli("library", *words, *store)
+        assert (status, out) == (1, "")
+        [line] = err.splitlines()
+        assert line.startswith(f"{code}: ")
+        assert message in line

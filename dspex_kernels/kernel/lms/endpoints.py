@@ -10,7 +10,6 @@ An event loop and a thread wait differently, and differ in nothing else: an admi
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import re
@@ -28,12 +27,12 @@ from weakref import WeakValueDictionary
 
 from traitlets import TraitError
 
-from dspex_kernels import config, errors
+from dspex_kernels import config, errors, logs
 from dspex_kernels.config import ProviderLimits, host_of
 from dspex_kernels.kernel.ledger import MAX_TOKENS
 from dspex_kernels.kernel.lms.shared import MAX_RETRY_AFTER, Circuit, Quota, Record, Records
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 MAX_WAIT = 300.0
 """Longest wait for a quota, in seconds, of a request without a deadline: a cell's."""

@@ -23,7 +23,6 @@ import asyncio
 import concurrent.futures
 import hashlib
 import json
-import logging
 import random
 import secrets
 import threading
@@ -44,16 +43,16 @@ from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine
 from dspy.clients.errors import wrap_error
 from dspy.clients.model_metadata import apreload, model_info, rate
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs, tracing
 from dspex_kernels.config import LMPolicy, ProviderLimits
 from dspex_kernels.errors import CallStopped
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.ledger import Estimate
 from dspex_kernels.kernel.lms.endpoints import Admission, Endpoint, Endpoints, Pause
 from dspex_kernels.kernel.lms.shared import MAX_RETRY_AFTER
-from dspex_kernels.kernel.secrecy import environment_keys, scrub_exception
+from dspex_kernels.kernel.secrecy import environment_keys, scrub, scrub_exception
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 MAX_BACKOFF = 8.0
 """Longest wait between attempts without such a hint, in seconds."""
@@ -326,6 +325,7 @@ class _Passage:
         self.call = call
         self.lm = lm
         self.provider = provider
+        self._attempts = 0
         self.endpoint = endpoint
         # DSPy's own loop retries LMs that were not built by a session.
         self.retries: int = getattr(lm, "max_retries", 0)
@@ -410,8 +410,18 @@ class _Passage:
         endpoint = self.endpoint
         admission = endpoint.admission(estimate.tokens, self.call.deadline) if endpoint is not None else None
         attempt = _Attempt(admission)
+        self._attempts += 1
         try:
-            yield attempt
+            with tracing.of_lm_request(
+                self.lm.model, provider=self.provider, attempt=self._attempts, call=self.call.span
+            ) as span:
+                span.tell_content(
+                    "gen_ai.input.messages", lambda: scrub(_prompt(request), self.call.namespace.secrets)
+                )
+                yield attempt
+                usage, _ = attempt.bill or ({}, None)
+                span.tell("gen_ai.usage.input_tokens", usage.get("prompt_tokens"))
+                span.tell("gen_ai.usage.output_tokens", usage.get("completion_tokens"))
         except BaseException as failure:
             self._note(failure)
             if admission is not None and attempt.bill is None:
@@ -605,6 +615,13 @@ def _hint(failure: Any) -> float | None:
     """Seconds that the provider asked to wait, within reason; None when it did not."""
     hint = getattr(failure, "retry_after", None)
     return min(float(hint), MAX_RETRY_AFTER) if isinstance(hint, int | float) and hint >= 0 else None
+
+
+def _prompt(request: Any) -> str:
+    """A prompt as text."""
+    if isinstance(request, dict):
+        return json.dumps(request.get("messages") or request.get("prompt"), default=str)
+    return "\n".join(part.text for message in request.messages for part in message.parts if hasattr(part, "text"))
 
 
 def _length(request: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -12,7 +11,7 @@ from typing import Any, Self
 import dspy
 from pydantic import ValidationError
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.lms.gate import Connections
 from dspex_kernels.kernel.offline.engines import offline_engines
@@ -20,7 +19,7 @@ from dspex_kernels.protocol.messages import first_problem
 from dspex_kernels.protocol.records import AdapterName, LMProfile, OfflineOptions
 from dspex_kernels.protocol.sampling import Sampling
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 PARAMS = frozenset(
     {

@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import secrets
 import struct
@@ -31,10 +30,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from dspex_kernels import config
+from dspex_kernels import config, logs
 from dspex_kernels.config import ProviderLimits
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 LOCK_PATIENCE = 0.2
 """Longest wait for a record's lock, in seconds: only a process that was stopped just then holds it so long."""

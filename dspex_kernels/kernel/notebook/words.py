@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import json
-import logging
 import math
 import re
 import shlex
@@ -21,9 +20,9 @@ from typing import Any
 from pydantic import SecretStr
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 _ASSIGNMENT = re.compile(r"([^\W\d][\w.]*)=(.*)", re.DOTALL)
 _REFERENCE = re.compile(r"[@$]([^\W\d]\w*)|\{\s*([^\W\d]\w*)\s*\}")

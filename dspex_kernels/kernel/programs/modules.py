@@ -6,7 +6,6 @@ Whole pipelines come from plugins.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import dspy
 from dspy.predict.parameter import Parameter
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.kernel.programs.rewards import FieldReward, Reward, RewardSpec, build_reward, reward_source
 from dspex_kernels.kernel.programs.signatures import FILTERS, build_signature, signature_spec
 from dspex_kernels.kernel.programs.tools import MODULES, SessionTool, Toolbox
@@ -26,7 +25,7 @@ from dspex_kernels.protocol.messages import AS_OBJECT, AS_TEXT, first_problem
 from dspex_kernels.protocol.records import ProgramSpec, SignatureSpec, ToolReference
 from dspex_kernels.protocol.sampling import Sampling
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 MAX_NESTING = 5
 """Modules within modules: BestOfN(Refine(Predict)) is three."""

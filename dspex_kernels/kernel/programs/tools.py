@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import logging
 import re
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -23,10 +22,10 @@ from dspy.utils.callback import with_callbacks
 from pydantic import PrivateAttr
 from pydantic.errors import PydanticUserError
 
-from dspex_kernels import errors
+from dspex_kernels import errors, logs
 from dspex_kernels.protocol.records import ToolReference, schema_hash
 
-log = logging.getLogger(__name__)
+log = logs.get_logger(__name__)
 
 TOOLS = "dspex_kernels.tools"
 """Entry-point group: name -> a function with type hints, or a ``dspy.Tool``."""
