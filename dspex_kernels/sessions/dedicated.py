@@ -76,6 +76,7 @@ class DedicatedBackend(SessionBackend):
             await asyncio.to_thread(_restore_journal, directory, record)
             home.kernel = await self._kernels.start_kernel(
                 whose=f"session {record.session_id!r}",
+                backend=self.name,
                 env={
                     config.ENV_BACKEND: self.name,
                     config.ENV_SESSION_ID: record.session_id,

@@ -84,6 +84,7 @@ class KernelConnection:
         grace: Seconds to wait past a call's deadline for the kernel's own answer.
         on_reply: Takes each ``dspex_reply`` that comes in, in their order and before its caller does, those whose
             caller left too; None is nobody.
+        on_late: Told of each reply whose caller had left; None is nobody.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class KernelConnection:
         max_pending: int = MAX_PENDING,
         grace: float = REPLY_GRACE,
         on_reply: ReplyListener | None = None,
+        on_late: Callable[[], None] | None = None,
     ) -> None:
         self._info = dict(connection_info)
         self.name = name or _address(self._info, "shell")
@@ -103,6 +105,7 @@ class KernelConnection:
         self.late = 0
         """Replies whose caller had left; dropped."""
         self._on_reply = on_reply
+        self._on_late = on_late
         self._owns_context = context is None
         self._context = context
         self._max_pending = max_pending
@@ -337,7 +340,8 @@ class KernelConnection:
             socket.curve_serverkey = _bytes(public)
         socket.connect(_address(self._info, channel))
         if kind == zmq.SUB:
-            socket.subscribe(b"")
+            # Not everything: by that the kernel tells notebooks, which keep it from being culled, from its service.
+            socket.subscribe(b"kernel.")
         self._sockets[channel] = socket
         reader = asyncio.create_task(self._read(channel, socket), name=f"dspex {channel} {self.name}")
         reader.add_done_callback(functools.partial(self._reader_ended, channel))
@@ -382,6 +386,8 @@ class KernelConnection:
         elif parent_id in self._abandoned:
             del self._abandoned[parent_id]
             self.late += 1
+            if self._on_late is not None:
+                self._on_late()
         else:
             self.strays += 1
             _log.warning("kernel %s: a %s answers nobody here: dropped", self.name, message["msg_type"])

@@ -33,6 +33,7 @@ from dspex_kernels import config, errors
 from dspex_kernels.protocol.commands import Command
 from dspex_kernels.sessions.calls import ReplyListener
 from dspex_kernels.sessions.environment import kernel_environment
+from dspex_kernels.sessions.happenings import KernelDied, KernelStarted, Listeners, ReplyLate
 from dspex_kernels.sessions.kernel_connection import KernelConnection, new_context
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
@@ -61,6 +62,8 @@ class Kernel:
     """Its stdout and stderr; the log of its predecessor is beside it with ``.1``."""
     link: Path | None
     """Where a link to its connection file is kept while it lives; None is nowhere."""
+    backend: str
+    """For which backend it runs."""
     died: Callable[[Kernel, str], None]
     """Called once, on the event loop, when its process ended unasked after its start: with one line how."""
     kernel_id: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -110,6 +113,7 @@ class Kernels(LoggingConfigurable):
     Args:
         kernel_name: The kernelspec's name.
         policy: The LM policy that kernels are told.
+        listeners: Are told of kernels that start and die; None is nobody.
         limits: The providers' limits that kernels are told; None is none.
         limits_dir: Where they share what they have used of them; made by ``start``. None shares nothing.
         environment: What kernels inherit; None is this process's environment.
@@ -123,6 +127,7 @@ class Kernels(LoggingConfigurable):
         *,
         kernel_name: str,
         policy: config.LMPolicy,
+        listeners: Listeners | None = None,
         limits: config.ProviderLimits | None = None,
         limits_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
@@ -132,6 +137,7 @@ class Kernels(LoggingConfigurable):
         super().__init__(**kwargs)
         self.kernel_name = kernel_name
         self._policy = policy
+        self._listeners = listeners or Listeners(self.log)
         self._limits = limits
         self._limits_dir = limits_dir
         self._environment = environment
@@ -187,6 +193,7 @@ class Kernels(LoggingConfigurable):
         self,
         *,
         whose: str,
+        backend: str,
         env: Mapping[str, str],
         log_path: Path,
         timeout: float,
@@ -198,6 +205,7 @@ class Kernels(LoggingConfigurable):
 
         Args:
             whose: For messages and logs: "session 's'", "the pool".
+            backend: For which backend.
             env: Variables that it gets beside what kernels inherit.
             log_path: Where its stdout and stderr go; the file's predecessor is kept with ``.1``.
             timeout: Seconds in which it must answer, from its launch on; its turn to start does not count.
@@ -211,7 +219,8 @@ class Kernels(LoggingConfigurable):
             NotADSPexKernel: It is another kind of kernel; nothing is left of it.
         """
         async with self._starting:
-            kernel = Kernel(whose, log_path, link, died)
+            kernel = Kernel(whose, log_path, link, backend, died)
+            began = asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(timeout):
                     await self._launch(kernel, env, on_reply)
@@ -223,6 +232,9 @@ class Kernels(LoggingConfigurable):
                 raise failed from failure
         kernel.ready = True
         kernel.started_at = asyncio.get_running_loop().time()
+        self._listeners.tell(
+            KernelStarted(backend=backend, kernel_id=kernel.kernel_id, duration_s=kernel.started_at - began)
+        )
         return kernel
 
     async def end(self, kernel: Kernel, error: errors.DSPexError, *, now: bool = False) -> None:
@@ -282,7 +294,11 @@ class Kernels(LoggingConfigurable):
         if kernel.link is not None:
             await asyncio.to_thread(_link, kernel.link, kernel.connection_file)
         kernel._connection = KernelConnection(
-            manager.get_connection_info(), context=self._context, name=kernel.kernel_id, on_reply=on_reply
+            manager.get_connection_info(),
+            context=self._context,
+            name=kernel.kernel_id,
+            on_reply=on_reply,
+            on_late=lambda: self._listeners.tell(ReplyLate(backend=kernel.backend, kernel_id=kernel.kernel_id)),
         )
         await kernel._connection.open()
         self._watch(kernel, manager.provisioner)
@@ -352,6 +368,7 @@ class Kernels(LoggingConfigurable):
         kernel.ending = True
         self.log.warning("%s: kernel %s %s", kernel.whose, kernel.kernel_id, how)
         self._tasks.spawn(self._bury(kernel, now=True))
+        self._listeners.tell(KernelDied(backend=kernel.backend, kernel_id=kernel.kernel_id, how=how))
         kernel.died(kernel, how)
 
     async def _bury(self, kernel: Kernel, *, now: bool) -> None:

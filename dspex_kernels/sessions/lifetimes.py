@@ -14,6 +14,7 @@ from typing import Any
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions.happenings import Listeners, SessionCreated, SessionDestroyed
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.places import Places
@@ -31,6 +32,7 @@ class Lifetimes:
         places: Where they live.
         keeper: Is told of those that end.
         tenure: Says which sessions are this service's.
+        listeners: Are told of sessions that come and go.
         log: Is told what a backend could not close.
     """
 
@@ -41,6 +43,7 @@ class Lifetimes:
         places: Places,
         keeper: Keeper,
         tenure: Tenure,
+        listeners: Listeners,
         log: Logger | LoggerAdapter[Any],
     ) -> None:
         self._registry = registry
@@ -48,6 +51,7 @@ class Lifetimes:
         self._places = places
         self._keeper = keeper
         self._tenure = tenure
+        self._listeners = listeners
         self._log = log
 
     async def load(self) -> None:
@@ -80,6 +84,7 @@ class Lifetimes:
                 await asyncio.to_thread(_remove_directory, live)
                 raise
             live.held = True
+            self._listeners.tell(SessionCreated(**live.about()))
         except BaseException:
             live.become(SessionStatus.DESTROYED)
             self._registry.leave(live)
@@ -118,6 +123,7 @@ class Lifetimes:
                 self._log.exception("session %s: its place could not be closed", live.session_id)
             async with live.folding:  # a fold that has begun would write to a session that is gone
                 await self._remove(live)
+            self._listeners.tell(SessionDestroyed(**live.about()))
         finally:
             self._registry.free(live)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from dspex_kernels.errors import DSPexError
 from dspex_kernels.protocol.commands import LMProfileArgs
@@ -27,6 +27,14 @@ from dspex_kernels.sessions.model import SessionRecord
 
 Moved = Callable[[str, SessionStatus | None, SessionStatus | None], None]
 """Takes a backend, and what a session there was and is (``Figures.moved``)."""
+
+
+class About(TypedDict):
+    """Which session, whose, and where."""
+
+    backend: str
+    session_id: str
+    owner: str
 
 
 @dataclass(eq=False, slots=True)
@@ -103,6 +111,10 @@ class LiveSession:
     def directory(self) -> Path:
         assert self.record.directory is not None  # only a session of a dedicated kernel is asked
         return Path(self.record.directory)
+
+    def about(self) -> About:
+        """What happenings say of the session."""
+        return {"backend": self.record.backend, "session_id": self.session_id, "owner": self.record.owner}
 
     def refresh(self, record: SessionRecord) -> None:
         """Know what the store holds now: another service may have changed it."""

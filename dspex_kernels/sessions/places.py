@@ -14,8 +14,10 @@ from typing import Any
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions import happenings
 from dspex_kernels.sessions.backend import Place, SessionBackend
 from dspex_kernels.sessions.calls import Call
+from dspex_kernels.sessions.happenings import Listeners
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernel_connection import MAX_PENDING
 from dspex_kernels.sessions.keys import Keys
@@ -58,6 +60,7 @@ class Places:
         tenure: Says which sessions are this service's.
         keys: Knows the keys of their LMs.
         log: Is told of sealed keys that do not open.
+        listeners: Are told of sessions that get or lose a place.
         tasks: Where starts run.
         start_timeout: Seconds in which a started kernel must answer.
         command_timeout: Seconds for it to be told the LM.
@@ -72,6 +75,7 @@ class Places:
         tenure: Tenure,
         keys: Keys,
         log: Logger | LoggerAdapter[Any],
+        listeners: Listeners,
         tasks: Tasks,
         *,
         start_timeout: float,
@@ -84,6 +88,7 @@ class Places:
         self._tenure = tenure
         self._keys = keys
         self._log = log
+        self._listeners = listeners
         self._tasks = tasks
         self._start_timeout = start_timeout
         self._command_timeout = command_timeout
@@ -133,7 +138,7 @@ class Places:
         if live.status is SessionStatus.READY:
             if self.of(live) is not None:
                 return
-            live.become(SessionStatus.HIBERNATED, "its place was lost")
+            self._hibernate(live, "its place was lost")
         if live.opening is None:
             live.opening = self._tasks.spawn(self._open(live))
         if not waiter.waits:
@@ -163,20 +168,20 @@ class Places:
         if live is None or live.record.generation != place.generation:
             return
         if live.status is SessionStatus.READY:
-            live.become(SessionStatus.HIBERNATED, why)
+            self._hibernate(live, why)
         if live.record.directory is not None:
             self._tasks.spawn(self._keeper.fold(live))
 
     def discard(self, live: LiveSession, why: str) -> None:
         """Close a place that holds what the store does not: the next call opens another, from the store."""
         if live.status is SessionStatus.READY:
-            live.become(SessionStatus.HIBERNATED, why)
+            self._hibernate(live, why)
             self._close(live)
 
     async def hibernate(self, live: LiveSession, why: str) -> None:
         """Close a session's place, and wait for it; the next call brings it back."""
         if live.status is SessionStatus.READY:
-            live.become(SessionStatus.HIBERNATED, why)
+            self._hibernate(live, why)
             self._close(live)
         if live.closing is not None:
             await asyncio.shield(live.closing)
@@ -295,6 +300,7 @@ class Places:
         """Give a session its next place. Runs as ``live.opening``."""
         live.become(SessionStatus.STARTING)
         backend = self.backend_of(live)
+        began = asyncio.get_running_loop().time()
         try:
             if live.creating is not None:
                 await asyncio.shield(live.creating)
@@ -313,14 +319,35 @@ class Places:
             await self._tell_key(live, backend)
             if live.status is SessionStatus.STARTING:
                 live.become(SessionStatus.READY)
+                self._tell_restored(live, asyncio.get_running_loop().time() - began)
         except BaseException as failure:
             if live.status is SessionStatus.STARTING:
-                live.become(*_after(failure))
+                self._start_failed(live, failure)
             if not isinstance(failure, errors.KernelStartFailed | errors.NotADSPexKernel):
                 await backend.close(live.session_id)
             raise
         finally:
             live.opening = None
+
+    def _hibernate(self, live: LiveSession, why: str) -> None:
+        """A session has no place from now on."""
+        live.become(SessionStatus.HIBERNATED, why)
+        self._listeners.tell(happenings.SessionHibernated(**live.about(), why=why))
+
+    def _start_failed(self, live: LiveSession, failure: BaseException) -> None:
+        status, why = _after(failure)
+        live.become(status, why)
+        if status is SessionStatus.FAILED:
+            self._listeners.tell(happenings.SessionFailed(**live.about(), why=why))
+        else:
+            self._listeners.tell(happenings.SessionHibernated(**live.about(), why=why))
+
+    def _tell_restored(self, live: LiveSession, seconds: float) -> None:
+        generation = live.record.generation
+        if generation > 1:
+            self._listeners.tell(
+                happenings.SessionRestored(**live.about(), generation=generation, duration_s=seconds)
+            )
 
     async def _tell_key(self, live: LiveSession, backend: SessionBackend) -> None:
         """Give a new place the key of the session's LM, where one was given directly."""

@@ -258,6 +258,7 @@ class KernelPool(LoggingConfigurable):
                 await asyncio.sleep(min(FIRST_PAUSE * 2 ** (slot.quick_deaths - 1), LONGEST_PAUSE))
             kernel = await self._kernels.start_kernel(
                 whose="the pool",
+                backend="pooled",
                 env={config.ENV_BACKEND: "pooled"},
                 log_path=self._log_dir / f"pool-{slot.number}.log",
                 timeout=self._start_timeout,

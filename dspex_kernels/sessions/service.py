@@ -31,7 +31,7 @@ from dspex_kernels.sessions.carrier import Carrier
 from dspex_kernels.sessions.culling import Culler, Policy, due
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.figures import Figures
-from dspex_kernels.sessions.happenings import Listeners
+from dspex_kernels.sessions.happenings import Listeners, SessionMigrated
 from dspex_kernels.sessions.idle import IdleSessions, facts_of
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernels import Kernels
@@ -176,6 +176,7 @@ class SessionService(LoggingConfigurable):
         self._kernels = Kernels(
             kernel_name=self.kernel_name,
             policy=self.lm_policy,
+            listeners=self.listeners,
             limits=self.provider_limits,
             limits_dir=Path(self.data_dir) / "limits",
             parent=self,
@@ -189,12 +190,15 @@ class SessionService(LoggingConfigurable):
             self._tenure,
             self._keys,
             self.log,
+            self.listeners,
             self._tasks,
             start_timeout=self.kernel_start_timeout,
             command_timeout=self.command_timeout,
         )
         self._carrier = Carrier(self._places, self._keeper, self._keys, self._outcomes, self.listeners)
-        self._lifetimes = Lifetimes(self._registry, self._store, self._places, self._keeper, self._tenure, self.log)
+        self._lifetimes = Lifetimes(
+            self._registry, self._store, self._places, self._keeper, self._tenure, self.listeners, self.log
+        )
         self._migration = Migration(self._store, self._places, self._keeper, self._sessions_dir, self.log)
         self._culler = Culler(
             IdleSessions(self._registry, self._places, self._lifetimes, self._keeper, self._tenure, self._tasks),
@@ -420,7 +424,10 @@ class SessionService(LoggingConfigurable):
         target = self._places.backend(backend).name
         with self._carrier.counted(live, None):
             seconds = timeout or self.kernel_start_timeout + self.command_timeout
+            previous = live.record.backend
             await self._tasks.finish(self._migration.move(live, target, seconds))
+            if live.record.backend != previous:
+                self.listeners.tell(SessionMigrated(**live.about(), previous=previous))
 
     async def resize_pool(self, size: int) -> None:
         """Change the number of kernels in the pool; those that are too many end when they are empty.

@@ -140,7 +140,7 @@ class ScriptedKernel:
 
     async def publish(self, msg_type: str, content: dict[str, Any], parent: dict[str, Any]) -> None:
         message = self.session.msg(msg_type, content, parent=parent)
-        await self._sockets["iopub"].send_multipart([b"topic", *self.session.serialize(message)])
+        await self._sockets["iopub"].send_multipart([b"kernel.scripted.event", *self.session.serialize(message)])
 
     def _spawn(self, work: Any) -> None:
         self._tasks.add(asyncio.ensure_future(work))

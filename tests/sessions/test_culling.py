@@ -91,33 +91,22 @@ def every_case() -> Iterable[tuple[Facts, Policy]]:
 
 
 def test_what_was_due_once_stays_due_and_at_is_the_first_moment_of_it() -> None:
-    order = [KEEP, HIBERNATE, DESTROY]
-    seen = set()
+    order, seen = list(Action), set()
     for known, policy in every_case():
-        now = after(-10)
-        verdict = due(known, policy, now)
-        assert verdict.action is KEEP
-        while verdict.at is not None and verdict.at > now:
-            assert due(known, policy, verdict.at - TICK) == verdict
-            now, before = verdict.at, verdict
-            verdict = due(known, policy, now)
-            assert order.index(verdict.action) > order.index(before.action)
-            assert verdict.at == now
-            if verdict.action is HIBERNATE and policy.session_ttl:  # the next step of one that was not hibernated
-                assert due(known, policy, after(policy.session_ttl)) == (
-                    DESTROY,
-                    verdict_reason(policy),
-                    after(policy.session_ttl),
-                )
+        edges = [after(seconds) for seconds in (0, policy.cull_idle_timeout, policy.session_ttl, 10**7)]
+        moments = sorted(edge + step for edge in edges for step in (-TICK, timedelta(0), TICK))
+        verdicts = [due(known, policy, moment) for moment in moments]
+        ranks = [order.index(verdict.action) for verdict in verdicts]
+        assert ranks == sorted(ranks)
+        for moment, verdict in zip(moments, verdicts, strict=True):
+            if verdict.at is None:
+                assert verdicts[-1].action is KEEP
+                continue
+            first = due(known, policy, verdict.at).action
+            assert due(known, policy, verdict.at - TICK).action is not first
+            assert (moment < verdict.at and first is not KEEP) if verdict.action is KEEP else first is verdict.action
             seen.add(verdict.action)
-        assert due(known, policy, after(10**7)).action is (
-            DESTROY if verdict.at and policy.session_ttl else verdict.action
-        )
-    assert seen == {HIBERNATE, DESTROY}
-
-
-def verdict_reason(policy: Policy) -> str:
-    return f"it was not used for {policy.session_ttl:g} s (session_ttl)"
+    assert seen == {KEEP, HIBERNATE, DESTROY}
 
 
 @pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=5)), ZoneInfo("Europe/Berlin")], ids=str)
