@@ -13,7 +13,7 @@ from traitlets import Bool, Float, Unicode
 from dspex_kernels import errors
 from dspex_kernels.cli.base import BASE_ALIASES, BASE_FLAGS, Subcommand, say
 from dspex_kernels.protocol import limits
-from dspex_kernels.protocol.commands import COMMANDS, get_command
+from dspex_kernels.protocol.commands import PUBLIC, get_command
 
 
 def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class CallApp(Subcommand):
     usage = "call (CONNECTION_FILE | --existing=NAME) COMMAND [key=value … | JSON | -]"
     description = (
         "Send one command straight to a running kernel and print its result as JSON. An argument of - reads a JSON "
-        f"object from stdin: the place for a key. Commands: {', '.join(sorted(COMMANDS))}."
+        f"object from stdin: the place for a key. Commands: {', '.join(sorted(PUBLIC))}."
     )
     examples = """
     dspex-kernels call kernel-1234.json list_programs
@@ -93,7 +93,7 @@ class CallApp(Subcommand):
             self.fail_usage("which kernel? Give its connection file, or --existing=NAME")
         kernel = self.existing or words.pop(0)
         if not words:
-            self.fail_usage(f"which command? There are {', '.join(sorted(COMMANDS))}")
+            self.fail_usage(f"which command? There are {', '.join(sorted(PUBLIC))}")
         command = get_command(words.pop(0))
         args = await asyncio.to_thread(_read_object) if words == ["-"] else parse_arguments(words)
         result = await self._send(kernel, command.name, args)

@@ -140,6 +140,10 @@ class SessionBackend(LoggingConfigurable, metaclass=_BackendMeta):
         Called from ``SessionService.interrupt_session()``, to which an exception passes.
         """
 
+    def figures(self) -> dict[str, Any]:
+        """Numbers of the moment, for ``health_check`` and metrics; from any thread. Must not raise."""
+        return {}
+
     @abc.abstractmethod
     def get_place(self, session_id: str) -> Place | None:
         """Where a session is now; None where it has no place. Must not raise."""

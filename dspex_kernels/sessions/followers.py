@@ -91,14 +91,18 @@ class Followers:
 
         Raises:
             CommandTimeout: The time was over before.
+            CommandCancelled: ``Places.withdraw`` found the request while it waited.
             DSPexError: The session could not take the new version in; nothing of the call ran.
         """
         program_id = _followed_by(live, call)
         if program_id is None or self._is_current(live, program_id):
             return False
+        withdrawn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        key = call.request_id if call.request_id is not None else f"{id(withdrawn)}"
+        live.queued[key] = withdrawn  # where ``Places.withdraw`` finds it
         try:
             async with asyncio.timeout_at(deadline):
-                await self._catch_up(live, program_id, carry)
+                await self._catch_up(live, program_id, carry, withdrawn)
         except TimeoutError:
             following = live.following.get(program_id)
             raise errors.CommandTimeout(
@@ -107,6 +111,10 @@ class Followers:
                 details={"session_id": live.session_id, "command": call.command},
                 retry_after=1.0,
             ) from None  # the TimeoutError tells nothing more
+        finally:
+            live.queued.pop(key, None)
+        if withdrawn.done():
+            raise errors.CommandCancelled(f"{call.command} was cancelled before it ran")
         return True
 
     def _is_current(self, live: LiveSession, program_id: str) -> bool:
@@ -118,7 +126,9 @@ class Followers:
             return False
         return self._library.target(following.reference) in (None, following.library_version)
 
-    async def _catch_up(self, live: LiveSession, program_id: str, carry: Carry) -> None:
+    async def _catch_up(
+        self, live: LiveSession, program_id: str, carry: Carry, withdrawn: asyncio.Future[None]
+    ) -> None:
         following = live.following[program_id]
         key = (live.session_id, program_id)
         if key not in self._switches and not self._library.knows(following.reference):
@@ -127,7 +137,9 @@ class Followers:
         if key not in self._switches:
             self._switches[key] = self._tasks.spawn(self._switch(live, program_id, carry))
         switch = self._switches[key]
-        await asyncio.wait({switch})
+        await asyncio.wait({switch, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
+        if withdrawn.done():
+            return
         if switch.cancelled():
             raise errors.ServiceClosed("the session service is closing")
         failure = switch.exception()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import itertools
 import os
 import signal
 import subprocess
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -35,6 +37,7 @@ from dspex_kernels.sessions.calls import ReplyListener
 from dspex_kernels.sessions.environment import kernel_environment
 from dspex_kernels.sessions.happenings import KernelDied, KernelStarted, Listeners, ReplyLate
 from dspex_kernels.sessions.kernel_connection import KernelConnection, new_context
+from dspex_kernels.sessions.sizes import memory_bytes
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
 
@@ -48,6 +51,8 @@ MAX_LAG = 5.0
 """Seconds after which a kernel whose command loop does not come round counts as hung."""
 SUSPICION_AFTER = 2.0
 """Seconds after a call's end that was not its own: by then its program has ended, or counts as stuck."""
+READ_AT_ONCE = 50
+"""Kernels whose memory is read at a time: 20 us each."""
 SHUTDOWN_TIMEOUT = 15.0
 """Seconds for one kernel to end: Jupyter asks, terminates and kills within ten."""
 
@@ -138,6 +143,8 @@ class Kernels(LoggingConfigurable):
         self.kernel_name = kernel_name
         self._policy = policy
         self._listeners = listeners or Listeners(self.log)
+        self._living: OrderedDict[str, Kernel] = OrderedDict()
+        """The kernels that answer; those whose memory was read longest ago first."""
         self._limits = limits
         self._limits_dir = limits_dir
         self._environment = environment
@@ -231,6 +238,7 @@ class Kernels(LoggingConfigurable):
                     raise
                 raise failed from failure
         kernel.ready = True
+        self._living[kernel.kernel_id] = kernel
         kernel.started_at = asyncio.get_running_loop().time()
         self._listeners.tell(
             KernelStarted(backend=backend, kernel_id=kernel.kernel_id, duration_s=kernel.started_at - began)
@@ -258,6 +266,18 @@ class Kernels(LoggingConfigurable):
         """Kill a kernel that will not end otherwise: it counts as died, and ``died`` is called."""
         with contextlib.suppress(KeyError):  # it is gone already
             await self._multi.get_kernel(kernel.kernel_id).signal_kernel(signal.SIGKILL)
+
+    def memory_bytes(self, backend: str) -> int:
+        """Resident memory of a backend's kernels, all together; of each as it was when it was last read.
+
+        Called by ``health_check``: a few are read each time, for a thousand would hold up the event loop.
+        """
+        for kernel_id in list(itertools.islice(self._living, READ_AT_ONCE)):
+            self._living.move_to_end(kernel_id)
+            kernel = self._living[kernel_id]
+            if kernel.pid is not None:
+                kernel.memory_bytes = memory_bytes(kernel.pid)
+        return sum(kernel.memory_bytes for kernel in self._living.values() if kernel.backend == backend)
 
     async def why_sick(self, kernel: Kernel) -> str:
         """One line why a kernel cannot go on; "" where it can, or has ended. Notes its memory."""
@@ -373,6 +393,7 @@ class Kernels(LoggingConfigurable):
 
     async def _bury(self, kernel: Kernel, *, now: bool) -> None:
         """Take everything of a kernel away: watch, sockets, process group, connection file."""
+        self._living.pop(kernel.kernel_id, None)
         kernel._unwatch.close()
         if kernel._connection is not None:
             await kernel._connection.close()

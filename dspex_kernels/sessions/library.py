@@ -309,15 +309,16 @@ class Library:
             ProgramNotFound: There is no such version.
         """
         key = (name, version)
-        if key not in self._records:
-            entry = await self._store.library_entry(name, version)
-            self._keep_record(key, entry.record.model_dump(mode="json"))
-        self._records.move_to_end(key)
-        return self._records[key][0]
+        if key in self._records:
+            self._records.move_to_end(key)
+            return self._records[key][0]
+        record = (await self._store.library_entry(name, version)).record.model_dump(mode="json")
+        self._keep_record(key, record)
+        return record
 
     def lose(self, reference: str) -> None:
         """Take an alias for gone, until the store tells otherwise: its version is not there."""
-        self._learn(reference, None, self._serial)
+        self._note(reference, None)
 
     async def _find(self, reference: str) -> int | None:
         try:
@@ -329,11 +330,14 @@ class Library:
     def _learn(self, reference: str, version: int | None, serial: int | None) -> None:
         if serial != self._serial or len(self._targets) >= MAX_KNOWN:
             self._targets.clear()  # the others are asked for again when they are next needed
-        if len(self._gone) >= MAX_KNOWN:
-            self._gone.clear()
-        self._targets[reference] = version
         self._serial = serial
         self._looked_at = self._clock()
+        self._note(reference, version)
+
+    def _note(self, reference: str, version: int | None) -> None:
+        self._targets[reference] = version
+        if len(self._gone) >= MAX_KNOWN:
+            self._gone.clear()
         if version is not None:
             self._gone.discard(reference)
         elif reference not in self._gone:

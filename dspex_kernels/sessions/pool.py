@@ -19,6 +19,7 @@ from traitlets.config import LoggingConfigurable
 
 from dspex_kernels import config, errors
 from dspex_kernels.sessions.calls import ReplyListener
+from dspex_kernels.sessions.happenings import KernelRecycled, Listeners, RecycleReason
 from dspex_kernels.sessions.kernels import Kernel, Kernels
 from dspex_kernels.sessions.tasks import Tasks
 
@@ -67,6 +68,7 @@ class KernelPool(LoggingConfigurable):
         kernels: Where they are started.
         log_dir: Where their logs go, a file for each slot.
         start_timeout: Seconds in which a started kernel must answer.
+        listeners: Are told of kernels that are recycled; None is nobody.
         **kwargs: For traitlets: ``parent``, ``config``, ``log``.
     """
 
@@ -109,9 +111,18 @@ class KernelPool(LoggingConfigurable):
     on_reply: ReplyListener | None = None
     """As ``KernelConnection`` takes it. Set by the backend."""
 
-    def __init__(self, kernels: Kernels, log_dir: Path, *, start_timeout: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        log_dir: Path,
+        *,
+        start_timeout: float,
+        listeners: Listeners | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self._start_timeout = start_timeout
+        self._listeners = listeners or Listeners(self.log)
         self._kernels = kernels
         self._log_dir = log_dir
         self._tasks = Tasks(self.log)
@@ -195,23 +206,24 @@ class KernelPool(LoggingConfigurable):
             if slot.task is not None:
                 slot.task.cancel()
             if slot.serving is not None:
-                self._retire(slot.serving, "the pool was made smaller", None)
+                self._retire(slot.serving, "the pool was made smaller", None, "resize")
         del self._slots[size:]
         for slot in self._slots:
             slot.failed, slot.final, slot.quick_deaths = "", False, 0
         self._fill()
 
-    def retire(self, member: PoolKernel, why: str, within: float | None) -> None:
+    def retire(self, member: PoolKernel, why: str, within: float | None, *, reason: RecycleReason = "sick") -> None:
         """Let a kernel take no new sessions, start its successor, end it when it is empty.
 
         Args:
             member: Which; a second time nothing happens.
             why: One line, for logs and health.
+            reason: The same in one word, for metrics.
             within: Seconds that its calls have left; None is as long as they may run.
         """
         if member.retiring or self._closed:
             return
-        self._retire(member, why, within)
+        self._retire(member, why, within, reason)
         self._fill()
 
     async def suspect(self, member: PoolKernel) -> None:
@@ -313,9 +325,10 @@ class KernelPool(LoggingConfigurable):
             slot.failed = why
             self.log.error("pool slot %d leaves the pool: %s", slot.number, why)
 
-    def _retire(self, member: PoolKernel, why: str, within: float | None) -> None:
+    def _retire(self, member: PoolKernel, why: str, within: float | None, reason: RecycleReason) -> None:
         member.retiring = why
         self.recycled += 1
+        self._listeners.tell(KernelRecycled(backend="pooled", kernel_id=member.kernel_id, reason=reason))
         self._retiring.add(member)
         for slot in self._slots:
             if slot.serving is member:
@@ -352,19 +365,21 @@ class KernelPool(LoggingConfigurable):
             await self.suspect(member)
             return
         age = asyncio.get_running_loop().time() - member.kernel.started_at
-        reason = self._why_recycle(age, member.answered, member.kernel.memory_bytes)
-        if reason and not self._retiring:  # one after another, so that the pool keeps its strength
-            self.log.info("pool kernel %s is recycled: %s", member.kernel_id, reason)
-            self.retire(member, reason, None)
+        due = self._why_recycle(age, member.answered, member.kernel.memory_bytes)
+        if due is not None and not self._retiring:  # one after another, so that the pool keeps its strength
+            reason, why = due
+            self.log.info("pool kernel %s is recycled: %s", member.kernel_id, why)
+            self.retire(member, why, None, reason=reason)
 
-    def _why_recycle(self, age: float, answered: int, memory_bytes: int) -> str:
+    def _why_recycle(self, age: float, answered: int, memory_bytes: int) -> tuple[RecycleReason, str] | None:
+        """What of its limits a kernel has reached, in a word and in a line; None where none."""
         if self.max_age and age >= self.max_age:
-            return f"it is {age:.0f} s old (KernelPool.max_age {self.max_age:g})"
+            return "age", f"it is {age:.0f} s old (KernelPool.max_age {self.max_age:g})"
         if self.max_calls and answered >= self.max_calls:
-            return f"it has answered {answered} calls (KernelPool.max_calls {self.max_calls})"
+            return "calls", f"it has answered {answered} calls (KernelPool.max_calls {self.max_calls})"
         if self.max_memory and memory_bytes >= self.max_memory:
-            return f"it uses {memory_bytes:,} bytes (KernelPool.max_memory {self.max_memory:,})"
-        return ""
+            return "memory", f"it uses {memory_bytes:,} bytes (KernelPool.max_memory {self.max_memory:,})"
+        return None
 
     def _signal(self) -> None:
         """Wake whoever waits for a kernel."""

@@ -190,6 +190,9 @@ class PooledBackend(SessionBackend):
         room = self._rooms.get(session_id)
         return _place(room) if room is not None else None
 
+    def figures(self) -> dict[str, Any]:
+        return {**self.pool.figures(), "waiting": self.queue.waiting, "queue_wait_s": self.queue.waits()}
+
     async def _ask(self, room: _Room, call: Call, timeout: float) -> dict[str, Any]:
         connection = room.member.kernel.connection
         call.watch.asked(room.member.kernel_id)

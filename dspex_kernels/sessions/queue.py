@@ -285,9 +285,18 @@ class FairQueue:
         session = self._sessions.get(session_id)
         return len(session.waiting) if session is not None else 0
 
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for their turn."""
+        return self._waiting
+
+    def waits(self) -> dict[str, float]:
+        """How long the last calls waited: ``p50``, ``p95``, ``max``, in seconds; from any thread."""
+        waits = sorted(self._waits.copy())
+        return {"p50": _quantile(waits, 0.5), "p95": _quantile(waits, 0.95), "max": _quantile(waits, 1.0)}
+
     def figures(self) -> dict[str, Any]:
         """``waiting`` and ``running`` calls, ``kernels`` by id, ``wait_s`` of the last turns, ``turns_per_s``."""
-        waits = sorted(self._waits)
         return {
             "waiting": self._waiting,
             "running": sum(session.running for session in self._sessions.values()),
@@ -300,7 +309,7 @@ class FairQueue:
                 }
                 for kernel in self._kernels.values()
             },
-            "wait_s": {"p50": _quantile(waits, 0.5), "p95": _quantile(waits, 0.95), "max": _quantile(waits, 1.0)},
+            "wait_s": self.waits(),
             "turns_per_s": self._rate(),
         }
 

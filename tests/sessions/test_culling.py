@@ -104,7 +104,9 @@ def test_what_was_due_once_stays_due_and_at_is_the_first_moment_of_it() -> None:
                 continue
             first = due(known, policy, verdict.at).action
             assert due(known, policy, verdict.at - TICK).action is not first
-            assert (moment < verdict.at and first is not KEEP) if verdict.action is KEEP else first is verdict.action
+            assert (
+                (moment < verdict.at and first is not KEEP) if verdict.action is KEEP else first is verdict.action
+            )
             seen.add(verdict.action)
     assert seen == {KEEP, HIBERNATE, DESTROY}
 

@@ -17,7 +17,7 @@ import pytest
 
 from dspex_kernels import SessionService, errors
 from dspex_kernels.protocol.commands import Command
-from dspex_kernels.protocol.records import ProgramPut, ProgramRecord, ProgramSpec
+from dspex_kernels.protocol.records import ProgramDeleted, ProgramPut, ProgramRecord, ProgramSpec
 from dspex_kernels.sessions import library
 from dspex_kernels.sessions.backend import SessionBackend
 from dspex_kernels.sessions.library import Library, Reference
@@ -306,10 +306,13 @@ class LibraryBackend(MemoryBackend):
         """How often a session was asked to take a new version in."""
         return sum(call.command == "follow_program" and session_id in (None, of) for of, call in self.asked)
 
-    def change_inside(self, session_id: str, seed: int) -> None:
+    def change_inside(self, session_id: str, seed: int, *, anew: bool = False) -> None:
         """What a notebook's cell does: the service is told nothing."""
         room = self._rooms[session_id]
         version = room.contents.programs["qa"][-1].version + 1
+        if anew:
+            self._write(room, ProgramDeleted(program_id="qa"))
+            version = 1
         self._write(room, ProgramPut(record=record(seed, program_id="qa", version=version)))
 
     async def _answer(self, room: Any, row: Command, args: Any) -> dict[str, Any]:
@@ -332,8 +335,8 @@ class LibraryBackend(MemoryBackend):
                 self._write(room, ProgramPut(record=made))
                 return {"program_id": args.program_id, "version": version, "signature": ""}
             case "execute_program" | "get_program" | "export_program":
-                versions = {known.version: known for known in programs[args.program_id]}
                 await asyncio.sleep(0)
+                versions = {known.version: known for known in programs[args.program_id]}
                 found = versions[args.version or max(versions)]
                 outputs = {"seed": found.spec.config["seed"]}
                 told = {"program_id": args.program_id, "version": found.version, "outputs": outputs}
@@ -550,11 +553,14 @@ class TestFollowing:
     def test_a_move_back_while_the_new_version_is_taken_in_is_seen_too(self, make):
         async def work() -> None:
             async with a_follower(make) as (service, session):
+                another = await service.create_session()
+                await another.create_program("qa", library="qa@prod")
                 await service.move_alias("qa@prod", 2)
                 service.memory.taking.clear()
                 early = asyncio.create_task(seed_of(session))
                 await wait_until(service.memory.taken, what="the new version")
                 await service.roll_back_alias("qa@prod")
+                assert await seed_of(another) == 10  # from here on it is known where the alias points
                 late = asyncio.create_task(seed_of(session))  # what is known of the session says: nothing to do
                 service.memory.taking.set()
                 assert await late == 10
@@ -570,6 +576,12 @@ class TestFollowing:
                 leaves, stays = (asyncio.create_task(seed_of(session)) for _ in range(2))
                 await wait_until(service.memory.taken, what="the new version")
                 leaves.cancel()
+                named = {"program_id": "qa"}
+                cancelled = asyncio.create_task(session.call("execute_program", named, request_id="mine"))
+                await wait_until(lambda: service._registry.get("follower").queued.get("mine"), what="its wait")
+                assert await session.cancel("mine")
+                with pytest.raises(errors.CommandCancelled, match="before it ran"):
+                    await cancelled
                 with pytest.raises(errors.CommandTimeout, match="brought to qa@prod"):
                     await seed_of(session, timeout=0.05)
                 service.memory.taking.set()
@@ -595,10 +607,11 @@ class TestFollowing:
 
         run(work())
 
-    def test_a_program_that_was_changed_inside_its_kernel_is_not_written_over(self, make):
+    @pytest.mark.parametrize("anew", [False, True])
+    def test_a_program_that_was_changed_inside_its_kernel_is_not_written_over(self, make, anew):
         async def work() -> None:
             async with a_follower(make) as (service, session):
-                service.memory.change_inside("follower", 77)
+                service.memory.change_inside("follower", 77, anew=anew)
                 await service.move_alias("qa@prod", 2)
                 assert await seed_of(session) == 77
 
