@@ -24,7 +24,7 @@ from dspex_kernels.cli.install import kernel_spec
 from dspex_kernels.protocol import limits
 
 ROOT = Path(__file__).parents[1]
-SUBCOMMANDS = ("demo", "call", "batch", "library", "install", "doctor")
+SUBCOMMANDS = ("demo", "call", "batch", "library", "store", "install", "doctor")
 
 
 @pytest.fixture

@@ -14,11 +14,14 @@ from dspex_kernels.cli.base import BASE_FLAGS, CommandLineApp
 
 _CONFIGURABLES = (
     "dspex_kernels.sessions.service.SessionService",
+    "dspex_kernels.sessions.pool.KernelPool",
     "dspex_kernels.config.LMPolicy",
+    "dspex_kernels.config.ProviderLimits",
     "dspex_kernels.cli.demo.DemoApp",
     "dspex_kernels.cli.call.CallApp",
     "dspex_kernels.cli.batch.BatchApp",
     "dspex_kernels.cli.library.LibraryApp",
+    "dspex_kernels.cli.store.StoreApp",
     "dspex_kernels.cli.install.InstallApp",
     "dspex_kernels.cli.doctor.DoctorApp",
 )
@@ -39,6 +42,7 @@ class DSPexApp(CommandLineApp):
         "call": ("dspex_kernels.cli.call.CallApp", "Send one command straight to a running kernel."),
         "batch": ("dspex_kernels.cli.batch.BatchApp", "Run a program over a JSONL file."),
         "library": ("dspex_kernels.cli.library.LibraryApp", "Publish programs, and move what sessions follow."),
+        "store": ("dspex_kernels.cli.store.StoreApp", "Copy the store, seal its keys anew."),
         "install": ("dspex_kernels.cli.install.InstallApp", "Install the kernelspec."),
         "doctor": ("dspex_kernels.cli.doctor.DoctorApp", "Check this installation, with remedies."),
     }

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from jupyter_core.application import JupyterApp
 from traitlets import TraitError
+from traitlets.config import Config
 from traitlets.config.loader import KVArgParseConfigLoader
 from traitlets.utils.text import wrap_paragraphs
 
@@ -218,6 +219,29 @@ async def _until_terminated(work: Coroutine[Any, Any, int]) -> int:
     finally:
         if can_handle:
             loop.remove_signal_handler(signal.SIGTERM)
+
+
+def store_url(given: str, settings: Config, *, may_create: bool = False) -> str:
+    """Which store a subcommand works on, as an SQLAlchemy URL.
+
+    Args:
+        given: A SQLite file or a URL; "" is the service's own.
+        settings: The configuration, which may name that.
+        may_create: Whether a file that is not there is made.
+
+    Raises:
+        StoreError: There is no such file.
+    """
+    from dspex_kernels.sessions.store import default_store_url
+
+    if not given:
+        return str(settings.get("SessionService", {}).get("store_url") or default_store_url())
+    if "://" in given:
+        return given
+    path = Path(given).absolute()
+    if not may_create and not path.exists():
+        raise errors.StoreError(f"there is no store {path}: give --store=FILE or --store=URL")
+    return f"sqlite:///{path}"
 
 
 def say(text: str = "") -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from traitlets import Unicode
 
 from dspex_kernels import errors
-from dspex_kernels.cli.base import BASE_ALIASES, Subcommand, say_json
+from dspex_kernels.cli.base import BASE_ALIASES, Subcommand, say_json, store_url
 from dspex_kernels.protocol import limits
 
 if TYPE_CHECKING:
@@ -83,20 +83,8 @@ class LibraryApp(Subcommand):
         from dspex_kernels.sessions.library import Library
         from dspex_kernels.sessions.store.sql import SQLStore
 
-        async with SQLStore(self._store_url(may_create=may_create)) as store:
+        async with SQLStore(store_url(self.store, self.config, may_create=may_create)) as store:
             return await act(Library(store, self.log), *words)
-
-    def _store_url(self, *, may_create: bool) -> str:
-        from dspex_kernels.sessions.store import default_store_url
-
-        if not self.store:
-            return str(self.config.get("SessionService", {}).get("store_url") or default_store_url())
-        if "://" in self.store:
-            return self.store
-        path = Path(self.store).absolute()
-        if not may_create and not path.exists():
-            raise errors.StoreError(f"there is no store {path}: give --store=FILE or --store=URL")
-        return f"sqlite:///{path}"
 
     async def _publish(self, library: Library, path: str, name: str) -> list[BaseModel]:
         record = await asyncio.to_thread(_read_record, path)

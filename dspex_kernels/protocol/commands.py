@@ -71,6 +71,11 @@ class CreateProgramArgs(Args):
     adapter: AdapterName | None = None
     replace: bool = Field(False, description="Make a new version of a program that exists.")
     if_version: int | None = Field(None, ge=0, description="Only if the latest version is this; 0 is none yet.")
+    library: str | None = Field(
+        None,
+        max_length=256,
+        description='A published program instead of a signature: "qa@prod" follows the alias, "qa@3" stays.',
+    )
 
 
 class CreateProgramResult(Result):
@@ -366,6 +371,7 @@ _ROWS = (
     Command("ping", NoArgs, PingResult, control=True, kernel_wide=True, timeout_s=10.0),
     Command("open_session", OpenSessionArgs, OpenSessionResult, internal=True, kernel_wide=True),
     Command("close_session", NoArgs, CloseSessionResult, internal=True),
+    Command("follow_program", ImportProgramArgs, CreateProgramResult, mutates=True, internal=True),
     Command("interrupt", NoArgs, InterruptResult, control=True, internal=True, timeout_s=10.0),
     Command(
         "collect_spent",

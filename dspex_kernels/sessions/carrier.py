@@ -14,6 +14,7 @@ from dspex_kernels.protocol.commands import Command, get_command
 from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import PlaceGone
 from dspex_kernels.sessions.calls import Call
+from dspex_kernels.sessions.followers import Followers
 from dspex_kernels.sessions.happenings import Listeners
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.keys import Keys
@@ -31,17 +32,25 @@ class Carrier:
         keeper: Makes durable what calls change.
         keys: Remembers the keys that calls give.
         outcomes: Remembers how calls ended that have a name.
+        followers: Brings programs to where their aliases in the library point.
         listeners: Are told how each call ended.
     """
 
     def __init__(
-        self, places: Places, keeper: Keeper, keys: Keys, outcomes: Outcomes, listeners: Listeners
+        self,
+        places: Places,
+        keeper: Keeper,
+        keys: Keys,
+        outcomes: Outcomes,
+        followers: Followers,
+        listeners: Listeners,
     ) -> None:
         self._listeners = listeners
         self._places = places
         self._keeper = keeper
         self._keys = keys
         self._outcomes = outcomes
+        self._followers = followers
         self._running: set[asyncio.Future[None]] = set()
 
     @property
@@ -71,10 +80,10 @@ class Carrier:
         ):
             call = replace(call, watch=watch)
             if call.request_id is None or row.control:
-                return await self._carry(live, row, call, waits)
+                return await self._answer(live, call, waits)
             self._outcomes.begin(live.session_id, call.request_id)
             try:
-                result = await self._carry(live, row, call, waits)
+                result = await self._answer(live, call, waits)
             except errors.DSPexError as failure:
                 self._outcomes.keep(live.session_id, call.request_id, failure)
                 raise
@@ -101,11 +110,17 @@ class Carrier:
             self._running.discard(mark)
             mark.set_result(None)
 
-    async def _carry(self, live: LiveSession, row: Command, call: Call, waits: bool) -> dict[str, Any]:
+    async def _answer(self, live: LiveSession, call: Call, waits: bool) -> dict[str, Any]:
+        return await self._carry(live, await self._followers.translate(call), waits)
+
+    async def _carry(self, live: LiveSession, call: Call, waits: bool = True) -> dict[str, Any]:
+        row = get_command(call.command)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + call.timeout
         while True:
             await self._places.ensure(live, Waiter(call.command, deadline, call.request_id, waits=waits))
+            if await self._followers.follow(live, call, deadline, self._carry):
+                continue  # the session may have moved meanwhile
             # The start may have taken it all, and 0 would be no deadline.
             left = max(deadline - loop.time(), 0.001)
             try:

@@ -17,12 +17,14 @@ from dspex_kernels.protocol.records import (
     LMProfile,
     ProgramDeleted,
     ProgramPut,
+    ProgramRecord,
     SessionContents,
     SessionReset,
     SettingsChanged,
     Spent,
 )
 from dspex_kernels.protocol.states import SessionStatus, move
+from dspex_kernels.sessions.library import Following
 from dspex_kernels.sessions.model import SessionRecord
 
 Moved = Callable[[str, SessionStatus | None, SessionStatus | None], None]
@@ -59,6 +61,8 @@ class LiveSession:
     status: SessionStatus = SessionStatus.HIBERNATED
     programs: dict[str, None] = field(default_factory=dict)
     """The programs' ids, in the order of their making."""
+    following: dict[str, Following] = field(default_factory=dict)
+    """Of programs that follow an alias of the program library, by id; known once the session had a place."""
     lm: LMProfile | None = None
     """The LM profile that the session's journal tells, without its key."""
     opening: asyncio.Task[None] | None = None
@@ -120,6 +124,9 @@ class LiveSession:
         """Know what the store holds now: another service may have changed it."""
         self._replace(record.model_copy(update={"contents": SessionContents()}))
         self.programs = dict.fromkeys(record.contents.programs)
+        self.following = {}
+        for versions in record.contents.programs.values():
+            self._note_following(versions[-1])
         self.lm = record.contents.settings.lm
 
     def note(self, **changed: Any) -> None:
@@ -137,13 +144,23 @@ class LiveSession:
         match change:
             case ProgramPut(record=record):
                 self.programs.setdefault(record.program_id)
+                self._note_following(record)
             case ProgramDeleted(program_id=program_id):
                 self.programs.pop(program_id, None)
+                self.following.pop(program_id, None)
             case SettingsChanged(settings=settings):
                 self.lm = settings.lm
             case SessionReset():
                 self.programs.clear()
+                self.following.clear()
                 self.lm = None
+
+    def _note_following(self, record: ProgramRecord) -> None:
+        following = Following.of(record)
+        if following is not None:
+            self.following[record.program_id] = following
+        else:
+            self.following.pop(record.program_id, None)
 
     def become(self, target: SessionStatus, reason: str = "") -> None:
         was, self.status = self.status, move(self.session_id, self.status, target)

@@ -31,11 +31,13 @@ from dspex_kernels.sessions.carrier import Carrier
 from dspex_kernels.sessions.culling import Culler, Policy, due
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.figures import Figures
+from dspex_kernels.sessions.followers import Followers
 from dspex_kernels.sessions.happenings import Listeners, SessionMigrated
 from dspex_kernels.sessions.idle import IdleSessions, facts_of
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernels import Kernels
 from dspex_kernels.sessions.keys import Keys
+from dspex_kernels.sessions.library import AliasInfo, Library, PublishedProgram, PublishedVersion
 from dspex_kernels.sessions.lifetimes import Lifetimes
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.migration import Migration
@@ -196,7 +198,9 @@ class SessionService(LoggingConfigurable):
             start_timeout=self.kernel_start_timeout,
             command_timeout=self.command_timeout,
         )
-        self._carrier = Carrier(self._places, self._keeper, self._keys, self._outcomes, self.listeners)
+        self._library = Library(self._store, self.log)
+        followers = Followers(self._library, self._keeper, self._tasks, timeout=self.command_timeout)
+        self._carrier = Carrier(self._places, self._keeper, self._keys, self._outcomes, followers, self.listeners)
         self._lifetimes = Lifetimes(
             self._registry, self._store, self._places, self._keeper, self._tenure, self.listeners, self.log
         )
@@ -529,6 +533,52 @@ class SessionService(LoggingConfigurable):
         """
         self._get_live(session_id)
         return await self._outcomes.fetch(session_id, request_id, timeout)
+
+    async def publish_program(
+        self, session_id: str, program_id: str, name: str, *, alias: str | None = None, by: str = ""
+    ) -> PublishedVersion:
+        """Publish a session's program in the program library.
+
+        Args:
+            session_id: Whose program.
+            program_id: Its latest version is published.
+            name: Under which name; its versions ascend.
+            alias: Points to the new version from then on; None moves none.
+            by: Who publishes, for the record; "" is nobody in particular.
+
+        Raises:
+            NotPortable: The program needs what only its notebook's kernel has.
+            DSPexError: As ``export_program`` and ``publish_record``.
+        """
+        exported = await self.call(session_id, "export_program", {"program_id": program_id})
+        return await self._library.publish_record(exported["record"], name, alias=alias, by=by)
+
+    async def publish_record(
+        self, record: Mapping[str, Any], name: str, *, alias: str | None = None, by: str = ""
+    ) -> PublishedVersion:
+        """As ``Library.publish_record``."""
+        self._check_running()
+        return await self._library.publish_record(record, name, alias=alias, by=by)
+
+    async def move_alias(self, reference: str, version: int, *, by: str = "") -> AliasInfo:
+        """As ``Library.move_alias``."""
+        self._check_running()
+        return await self._library.move_alias(reference, version, by=by)
+
+    async def roll_back_alias(self, reference: str, *, by: str = "") -> AliasInfo:
+        """As ``Library.roll_back_alias``."""
+        self._check_running()
+        return await self._library.roll_back_alias(reference, by=by)
+
+    async def list_library(self) -> list[PublishedProgram]:
+        """As ``Library.list_library``."""
+        self._check_running()
+        return await self._library.list_library()
+
+    async def unpublish_program(self, name: str) -> None:
+        """As ``Library.unpublish_program``."""
+        self._check_running()
+        await self._library.unpublish_program(name)
 
     @property
     def _sessions_dir(self) -> Path:

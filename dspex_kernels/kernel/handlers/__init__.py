@@ -24,6 +24,7 @@ HANDLERS: Mapping[str, Callable[..., Awaitable[Any]]] = MappingProxyType(
         "delete_program": programs.delete_program,
         "export_program": programs.export_program,
         "import_program": programs.import_program,
+        "follow_program": programs.import_program,
         "configure": settings.configure,
         "reset": settings.reset,
         "inspect_history": settings.inspect_history,

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 async def create_program(_dispatcher: Dispatcher, call: Call, args: CreateProgramArgs) -> CreateProgramResult:
     """Make a program, or a new version of one."""
+    if args.library is not None:
+        raise errors.InvalidArguments(
+            "create_program: a kernel has no program library: ask a session of a SessionService for "
+            f"{args.library!r}, or import the record",
+            details={"command": "create_program"},
+        )
     namespace = call.namespace
     async with namespace.changing:
         version = namespace.next_version(args.program_id, replace=args.replace, if_version=args.if_version)
