@@ -88,7 +88,7 @@ class DedicatedBackend(SessionBackend):
                 link=directory / LINK_NAME,
                 timeout=timeout,
                 died=lambda _, how: self._died(home, how),
-                on_reply=self.replied,
+                on_reply=lambda content: self._take_reply(home, content),
             )
         except BaseException:
             self._forget(home)
@@ -156,6 +156,11 @@ class DedicatedBackend(SessionBackend):
         assert home.kernel is not None
         self._forget(home)
         await self._kernels.end(home.kernel, error)
+
+    def _take_reply(self, home: _Home, content: dict[str, Any]) -> None:
+        """Called by the connection with every reply. Its owner's code could name another's session in it."""
+        if self.replied is not None and content.get("session_id") == home.session_id:
+            self.replied(content)
 
     def _died(self, home: _Home, how: str) -> None:
         place = _place(home)

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions.backend import PlaceGone
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.culling import Facts
 from dspex_kernels.sessions.keeper import Keeper
@@ -99,7 +100,10 @@ class IdleSessions:
 
     async def _ask_kernel(self, live: LiveSession) -> None:
         """Ask a dedicated kernel what happens in it beside the service's calls: cells, notebooks that listen."""
-        told = await self._places.backend_of(live).call(live.session_id, Call("ping", {}, LOOK_TIMEOUT))
+        try:
+            told = await self._places.backend_of(live).call(live.session_id, Call("ping", {}, LOOK_TIMEOUT))
+        except PlaceGone:  # it was lost just now: there is nothing to cull
+            return
         live.busy = told["busy"]
         live.clients = told["clients"] or 0
         if told["last_activity"] is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.commands import Command, ConfigureArgs, LMProfileArgs
+from dspex_kernels.protocol.records import LMProfile, schema_hash
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.secrets import Vault
 from dspex_kernels.sessions.store import SessionStore
@@ -41,8 +43,7 @@ class Keys:
             return
         if self._vault is None or (had is None and live.lm_with_key is None and not live.sealed):
             return
-        key = live.lm_with_key.api_key if live.lm_with_key is not None else None
-        token = self._vault.seal(live.session_id, key.get_secret_value()) if key is not None else None
+        token = self._seal(live.session_id, live.lm_with_key) if live.lm_with_key is not None else None
         await self._store.set_secret(live.session_id, token)
         live.sealed = token is not None
 
@@ -69,6 +70,13 @@ class Keys:
         args = profile.model_dump(mode="json", exclude_unset=True)
         return {**args, "api_key": profile.api_key.get_secret_value()}
 
+    def _seal(self, session_id: str, profile: LMProfileArgs) -> bytes:
+        """A key bound to its profile: the settings may come to name another provider while the key is not replaced."""
+        assert self._vault is not None
+        assert profile.api_key is not None
+        sealed = {"key": profile.api_key.get_secret_value(), "of": _fingerprint(profile.profile())}
+        return self._vault.seal(session_id, json.dumps(sealed))
+
     async def _unseal(self, live: LiveSession) -> LMProfileArgs | None:
         assert self._vault is not None
         assert live.lm is not None
@@ -76,11 +84,18 @@ class Keys:
         live.sealed = token is not None
         if token is None:
             return None
-        given = live.lm.model_dump(mode="json", exclude={"key_given"})
         try:
-            return LMProfileArgs.model_validate({**given, "api_key": self._vault.open(live.session_id, token)})
+            sealed = json.loads(self._vault.open(live.session_id, token))
         except errors.LMCredentialsRequired as refusal:
             raise errors.LMCredentialsRequired(
                 f"session {live.session_id!r}: {refusal.message}; or give the key again with configure",
                 details={"session_id": live.session_id},
             ) from refusal
+        if sealed["of"] != _fingerprint(live.lm):
+            return None
+        given = live.lm.model_dump(mode="json", exclude={"key_given"})
+        return LMProfileArgs.model_validate({**given, "api_key": sealed["key"]})
+
+
+def _fingerprint(profile: LMProfile) -> str:
+    return schema_hash(profile.model_dump(mode="json"))

@@ -104,6 +104,10 @@ class Outcomes:
             outcome = _told(call.reply)
         self._keep(call, outcome)
 
+    def knows(self, session_id: str, request_id: Any) -> bool:
+        """Whether a call of that name runs, or is remembered."""
+        return self._find(session_id, str(request_id)) is not None
+
     def replied(self, content: Mapping[str, Any]) -> None:
         """Take in what a kernel answered, in case that its caller has left.
 

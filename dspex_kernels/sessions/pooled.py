@@ -37,12 +37,8 @@ class _Room:
     session_id: str
     generation: int
     member: PoolKernel
-    running: int = 0
-    """Calls that have got their turn."""
     leaving: bool = False
     """It takes no new calls: its kernel is retired, or the session is being closed."""
-    quiet: asyncio.Event | None = None
-    """Set when nothing runs any more; made by who waits for that."""
     gone: asyncio.Event | None = None
     """Set when the session has left; made by who waits for that."""
 
@@ -150,13 +146,9 @@ class PooledBackend(SessionBackend):
         finally:
             call.watch.waited(asyncio.get_running_loop().time() - entered)
         try:
-            room.running += 1
             return await self._ask(room, call, _left(deadline))
         finally:
             turn.leave()
-            room.running -= 1
-            if not room.running and room.quiet is not None:
-                room.quiet.set()
 
     async def close(self, session_id: str) -> None:
         room = self._rooms.get(session_id)
@@ -220,7 +212,7 @@ class PooledBackend(SessionBackend):
         Raises:
             PlaceGone: It was sent.
         """
-        if room.running or self.queue.waiting_of(room.session_id):
+        if self.queue.running_of(room.session_id) or self.queue.waiting_of(room.session_id):
             return
         fewest = min((member.sessions for member in self.pool.serving), default=room.member.sessions)
         if room.member.sessions <= CROWDED_RATIO * fewest + CROWDED_BY:
@@ -286,9 +278,7 @@ class PooledBackend(SessionBackend):
         self.queue.remove_kernel(member.kernel_id)
 
     async def _empty(self, room: _Room, member: PoolKernel) -> None:
-        while room.running:
-            room.quiet = asyncio.Event()
-            await room.quiet.wait()
+        await self.queue.idle(room.session_id)
         # Its replies have told all there was: the namespace goes with its kernel.
         self._leave(room, f"its kernel is retired: {member.retiring}")
 
@@ -315,13 +305,13 @@ class PooledBackend(SessionBackend):
     def _take_reply(self, content: dict[str, Any]) -> None:
         """Called by the connections with every reply."""
         room = self._rooms.get(content.get("session_id") or "")
-        if room is not None and self.replied is not None:
-            self.replied(content)
         if room is None or content.get("kernel_id") != room.member.kernel_id:
             return  # of a session that has left: what it may have changed was acknowledged to nobody
         room.member.answered += 1
         if changes := content.get("changes"):
             self._tell(room, changes)
+        if self.replied is not None:
+            self.replied(content)
 
     def _tell(self, room: _Room, changes: list[dict[str, Any]]) -> None:
         if self.changed is not None:
@@ -331,7 +321,7 @@ class PooledBackend(SessionBackend):
         """Ask now and then what calls that still run have spent."""
         while True:
             await asyncio.sleep(COLLECT_INTERVAL)
-            busy = {room.member for room in self._rooms.values() if room.running}
+            busy = [member for member in self.pool.members if self.queue.running_in(member.kernel_id)]
             await asyncio.gather(*(self._collect_from(member) for member in busy))
 
     async def _collect_from(self, member: PoolKernel) -> None:

@@ -64,6 +64,8 @@ class _Session:
     running: int = 0
     waiting: OrderedDict[object, _Waiter] = field(default_factory=OrderedDict)
     """Oldest first; by ``request_id`` where they have one."""
+    quiet: asyncio.Event | None = None
+    """Set when nothing of it runs; made by who waits for that."""
     rank: int = 0
     """When it took its place in its ring: a higher one is later."""
 
@@ -242,6 +244,17 @@ class FairQueue:
             kernel.quiet = kernel.quiet or asyncio.Event()
             await kernel.quiet.wait()
 
+    async def idle(self, session_id: str) -> None:
+        """Return when no call of a session holds a ticket. Who waits bounds the wait."""
+        while (session := self._sessions.get(session_id)) is not None and session.running:
+            session.quiet = session.quiet or asyncio.Event()
+            await session.quiet.wait()
+
+    def running_in(self, kernel_id: str) -> int:
+        """How many calls run in a kernel."""
+        kernel = self._kernels.get(kernel_id)
+        return kernel.running if kernel is not None else 0
+
     def bind(self, session_id: str, kernel_id: str) -> None:
         """Let a session run in one kernel only.
 
@@ -317,7 +330,7 @@ class FairQueue:
         self, session: _Session, timeout: float, deadline: float | None, request_id: str | None
     ) -> Ticket:
         if self._waiting >= self._max_waiting:
-            raise self._saturated(f"{self._waiting} calls wait for the pool's kernels, the limit (max_queue_size)")
+            self._make_room_for(session)
         if request_id is not None and request_id in session.waiting:
             raise errors.DuplicateRequest(
                 f"a call {request_id!r} of session {session.session_id!r} waits already: give each call an id of "
@@ -344,6 +357,18 @@ class FairQueue:
             raise
         finally:
             timer.cancel()
+
+    def _make_room_for(self, session: _Session) -> None:
+        """Refuse the newest call of whoever floods the full queue, if that is not the one who comes.
+
+        Raises:
+            PoolSaturated: Nobody has more calls waiting than the session would have then.
+        """
+        full = self._saturated(f"{self._waiting} calls wait for the pool's kernels, the limit (max_queue_size)")
+        flooding = max(self._sessions.values(), key=lambda other: len(other.waiting))
+        if len(flooding.waiting) <= len(session.waiting) + 1:
+            raise full
+        self._refuse(next(reversed(flooding.waiting.values())), full)
 
     def _abandon(self, waiter: _Waiter) -> None:
         """A waiter is cancelled or was refused: it leaves the queue, and the turn that it may have got just now."""
@@ -455,6 +480,9 @@ class FairQueue:
         """A ticket was given back."""
         kernel.running -= 1
         session.running -= 1
+        if not session.running and session.quiet is not None:
+            session.quiet.set()
+            session.quiet = None
         if not kernel.running and kernel.quiet is not None:
             kernel.quiet.set()
             kernel.quiet = None

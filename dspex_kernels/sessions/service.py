@@ -32,7 +32,7 @@ from dspex_kernels.sessions.culling import Culler, Policy, due
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.figures import Figures
 from dspex_kernels.sessions.followers import Followers
-from dspex_kernels.sessions.happenings import Listeners, SessionMigrated
+from dspex_kernels.sessions.happenings import Happening, Listeners, SessionDestroyed, SessionMigrated
 from dspex_kernels.sessions.idle import IdleSessions, facts_of
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.kernels import Kernels
@@ -133,6 +133,7 @@ class SessionService(LoggingConfigurable):
         self.figures = Figures()
         self.listeners = Listeners(self.log)
         self.listeners.add(self.figures.take)
+        self.listeners.add(self._heed)
         self._registry = Registry(self.figures.moved)
         self._tasks = Tasks(self.log)
         self._running = False
@@ -273,8 +274,22 @@ class SessionService(LoggingConfigurable):
             self._keeper.take(live, changes)
 
     def _replied(self, content: dict[str, Any]) -> None:
-        """Called by a backend with every reply."""
+        """Called by a backend with every reply; what it changed has been taken already."""
+        live = self._registry.find(content.get("session_id") or "")
+        if live is None or not content.get("changes"):
+            self._outcomes.replied(content)
+        elif self._outcomes.knows(live.session_id, content.get("request_id")):
+            self._tasks.spawn(self._remember_reply(live, content))
+
+    async def _remember_reply(self, live: LiveSession, content: dict[str, Any]) -> None:
+        """Have a reply fetched only when what it acknowledges is durable."""
+        await self._keeper.settle(live)
         self._outcomes.replied(content)
+
+    def _heed(self, happening: Happening) -> None:
+        """Called with whatever happens."""
+        if isinstance(happening, SessionDestroyed):
+            self._outcomes.forget(happening.session_id)
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -451,13 +466,13 @@ class SessionService(LoggingConfigurable):
         await pooled.pool.resize(size)
 
     async def health_check(self) -> dict[str, Any]:
-        """How the service is: no ids, no owners, nothing that is asked of a kernel; below 20 ms.
+        """How the service is: no ids, no owners, nothing that a kernel is asked for.
 
         Returns:
             ``status`` ("ok"; "degraded" where kernels have left the pool; "stopped"), ``calls`` that run,
-            ``memory_bytes`` of the service, ``store_bytes`` (None where unknown; up to ten seconds old), ``sessions``
-            by status, and ``backends`` by name: their sessions, ``memory_bytes`` of their kernels, what happened
-            in the ``last_minute`` and in ``totals``; of the pool its kernels and its queue.
+            ``memory_bytes`` of the service, ``store_bytes`` (None where unknown; up to ten seconds old),
+            ``sessions`` by status, and ``backends`` by name: their sessions, ``memory_bytes`` of their kernels,
+            what happened in the ``last_minute`` and in ``totals``; of the pool its kernels and its queue.
         """
         figures = self.figures.read()
         for name, told in figures["backends"].items():

@@ -152,7 +152,9 @@ async def started(
         try:
             if isinstance(backend, PooledBackend):  # so that two sessions have a kernel each
                 pool = backend.pool
-                await wait_until(lambda: len(pool.serving) == 2 or pool.figures()["failed"], deadline=60, what="the pool")
+                await wait_until(
+                    lambda: len(pool.serving) == 2 or pool.figures()["failed"], deadline=60, what="the pool"
+                )
             yield backend, told
         finally:
             await backend.stop()

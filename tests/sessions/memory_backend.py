@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,7 +72,6 @@ class MemoryBackend(SessionBackend):
         self.asked: list[tuple[str, Call]] = []
         self._rooms: dict[str, _Room] = {}
         self._late: set[asyncio.Future[Any]] = set()
-        """Calls that have been carried out, whose replies are on their way."""
         self._changes: dict[asyncio.Task[Any] | None, list[Change]] = {}
         """What each call has changed so far."""
 
@@ -106,7 +107,7 @@ class MemoryBackend(SessionBackend):
             done, _ = await asyncio.wait({work, failure}, timeout=call.timeout, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 raise errors.CommandTimeout(f"{call.command}: {call.timeout:g} s are over")
-            return done.pop().result()
+            return (failure if failure in done else work).result()
         finally:
             del room.calls[failure]
             if work not in self._late:
@@ -125,6 +126,19 @@ class MemoryBackend(SessionBackend):
     def get_place(self, session_id: str) -> Place | None:
         room = self._rooms.get(session_id)
         return room.place if room else None
+
+    @property
+    def late(self) -> int:
+        """Calls that have been carried out, whose replies are on their way."""
+        return len(self._late)
+
+    def running(self, session_id: str) -> int:
+        """A session's calls whose callers wait."""
+        return len(self._rooms[session_id].calls)
+
+    def contents(self, session_id: str) -> SessionContents:
+        """What a session's namespace holds."""
+        return self._rooms[session_id].contents
 
     def lose(self, session_id: str) -> None:
         """What happens when a kernel dies."""
@@ -247,6 +261,18 @@ class MemoryService(SessionService):
     def _make_backends(self) -> list[SessionBackend]:
         self.dedicated, self.pooled = MemoryBackend("dedicated", parent=self), MemoryBackend("pooled", parent=self)
         return [self.dedicated, self.pooled]
+
+
+@contextlib.contextmanager
+def store_that_refuses(path: Path, program_id: str) -> Iterator[None]:
+    """A SQLite store that takes everything but programs of this id."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute(
+            "CREATE TRIGGER refusal BEFORE INSERT ON dspex_programs WHEN new.program_id = "
+            f"'{program_id}' BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        )
+        yield
+        database.execute("DROP TRIGGER refusal")
 
 
 def _set_event() -> asyncio.Event:

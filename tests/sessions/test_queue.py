@@ -228,7 +228,7 @@ def test_a_full_queue_refuses_at_once_and_tells_when_to_come_again() -> None:
             await calls.step()
             clock.now += 0.5
         waiting = [await calls.enter("s") for _ in range(4)][1:]
-        refused = await calls.enter("other")
+        refused = await calls.enter("s")
         error = refused.exception()
         assert isinstance(error, errors.PoolSaturated)
         assert (error.retryable, error.details) == (True, {"waiting": 3, "limit": 3})
@@ -236,6 +236,23 @@ def test_a_full_queue_refuses_at_once_and_tells_when_to_come_again() -> None:
         assert not any(call.done() for call in waiting)
         await calls.step()
         assert not (await calls.enter("other")).done()  # there is room again
+        await calls.finish()
+        assert is_forgotten(queue)
+
+    run(main)
+
+
+def test_a_full_queue_refuses_the_one_who_floods_it_and_not_the_one_who_comes() -> None:
+    async def main() -> None:
+        queue = queue_of(1, max_waiting=3)
+        calls = Calls(queue)
+        first, *flood = [await calls.enter("flood") for _ in range(4)]
+        assert first.done()
+        other = await calls.enter("other")
+        assert isinstance(flood[-1].exception(), errors.PoolSaturated), "its newest call"
+        assert not any(call.done() for call in (*flood[:-1], other))
+        second = await calls.enter("other")  # as many as the other has, and none is left to be taken away
+        assert isinstance(second.exception(), errors.PoolSaturated)
         await calls.finish()
         assert is_forgotten(queue)
 

@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 
 from dspex_kernels import errors
+from dspex_kernels.protocol.commands import COMMANDS, PUBLIC
 from dspex_kernels.protocol.states import SessionStatus
+from dspex_kernels.sessions import keeper
+from dspex_kernels.sessions.backend import PlaceGone
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.sessions.memory_backend import MemoryService as Service
+from tests.sessions.memory_backend import store_that_refuses
 from tests.waiting import wait_until
 
 SLOW = {"model": "offline/echo", "offline": {"latency_s": 60}}
@@ -717,5 +721,436 @@ class TestStopping:
                 assert "alice" not in str(health)
                 assert "'s'" not in str(health)
             assert (await service.health_check())["status"] == "stopped"
+
+        run(work())
+
+
+class TestChoiceOfBackend:
+    def test_a_session_may_name_another_backend_than_the_services(self, make, mode):
+        other = "dedicated" if mode == "pooled" else "pooled"
+
+        async def work() -> None:
+            async with make() as service:
+                chosen, default = await service.create_session(backend=other), await service.create_session()
+                backends = [(await session.info())["backend"] for session in (chosen, default)]
+                assert backends == [other, mode]
+                assert [record.backend for record in service.memory.opened] == [mode]
+
+        run(work())
+
+    @only_dedicated
+    @pytest.mark.parametrize("percent", [0, 10, 30, 50])
+    def test_the_pools_share_comes_out_exactly(self, make, percent):
+        async def work() -> None:
+            async with make(pooled_fraction=percent / 100) as service:
+                await service.create_session(backend="pooled")
+                await service.create_session(backend="dedicated")
+                await asyncio.gather(*(service.create_session() for _ in range(100)))
+                assert len(service.pooled.opened) - 1 == percent, "those that named theirs do not count"
+                assert len(service.dedicated.opened) - 1 == 100 - percent
+
+        run(work())
+
+    @only_dedicated
+    def test_sessions_that_were_refused_take_nothing_of_the_pools_share(self, make):
+        async def work() -> None:
+            async with make(pooled_fraction=0.5) as service:
+                await service.create_session(session_id="s")
+                for _ in range(3):
+                    with pytest.raises(errors.SessionExists):
+                        await service.create_session(session_id="s")
+                await service.create_session(session_id="t")
+                assert [len(service.dedicated.opened), len(service.pooled.opened)] == [1, 1]
+
+        run(work())
+
+
+class TestCalls:
+    @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - PUBLIC.keys()))
+    def test_what_is_between_a_service_and_its_kernels_cannot_be_asked(self, make, command):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session()
+                with pytest.raises(errors.UnknownCommand, match=f"{command!r} is between"):
+                    await session.call(command)
+                assert service.memory.asked == []
+
+        run(work())
+
+    def test_a_place_that_goes_again_and_again_is_opened_again_until_the_calls_time_is_over(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                ask = service.memory.call
+
+                async def lost_before_each_call(session_id: str, call: Any) -> Any:
+                    service.memory.lose("s")
+                    return await ask(session_id, call)
+
+                service.memory.call = lost_before_each_call
+                with pytest.raises(errors.CommandTimeout):
+                    await session.call("list_programs", timeout=0.2)
+                assert len(service.memory.opened) > 2
+                service.memory.call = ask
+                assert await session.list_programs() == []
+
+        run(work())
+
+    def test_a_place_that_takes_no_call_does_not_hold_up_other_sessions(self, make):
+        async def work() -> None:
+            async with make() as service:
+                stuck, other = [await service.create_session(session_id=name) for name in ("stuck", "other")]
+                ask = service.memory.call
+
+                async def never_there(session_id: str, call: Any) -> Any:
+                    if session_id == "stuck":
+                        raise PlaceGone(session_id)
+                    return await ask(session_id, call)
+
+                service.memory.call = never_there
+                call = asyncio.create_task(stuck.call("list_programs", timeout=0.3))
+                await asyncio.sleep(0)
+                assert await other.list_programs() == []
+                assert not call.done()
+                with pytest.raises(errors.CommandTimeout):
+                    await call
+
+        run(work())
+
+    def test_a_caller_that_is_cancelled_ends_its_call(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s", lm=SLOW)
+                call = asyncio.create_task(session.execute_program("qa", {"question": "?"}))
+                await wait_until(lambda: service.memory.asked[-1][1].command == "execute_program", what="the call")
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+                assert service.memory.running("s") == 0
+                assert (await service.health_check())["calls"] == 0
+
+        run(work())
+
+    def test_statistics_outlive_the_service(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                for _ in range(3):
+                    await session.call("execute_program", {"program_id": "qa"})
+            async with make() as service:
+                session = service.get_session("s")
+                assert (await session.get_stats())["executions"] == 3
+                await session.call("execute_program", {"program_id": "qa"})
+                assert (await session.get_stats())["executions"] == 4
+
+        run(work())
+
+    def test_versions_lm_and_budget_outlive_the_service_and_each_restored_place_is_one_generation_later(self, make):
+        async def work() -> None:
+            for generation in range(1, 4):
+                async with make() as service:
+                    if generation == 1:
+                        session = await service.create_session(session_id="s", lm="openai/x")
+                        await session.configure(budget={"lm_calls": 5})
+                        for _ in range(3):
+                            await session.create_program("qa", "question -> answer", replace=True)
+                    await service.get_session("s").list_programs()
+                    assert (await service.get_session_info("s")).generation == generation
+                    async with SQLStore(service.store_url) as store:
+                        contents = (await store.get("s")).contents
+                    assert [record.version for record in contents.programs["qa"]] == [1, 2, 3]
+                    assert contents.settings.lm.model == "openai/x"
+                    assert contents.settings.budget.lm_calls == 5
+
+        run(work())
+
+
+class TestFetchingResults:
+    def test_what_a_call_was_answered_can_be_fetched_by_its_name(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                await session.call("create_program", {"program_id": "qa"}, request_id="made")
+                with pytest.raises(errors.ProgramExists):
+                    await session.call("create_program", {"program_id": "qa"}, request_id="refused")
+                assert (await service.fetch_result("s", "made"))["program_id"] == "qa"
+                with pytest.raises(errors.ProgramExists):
+                    await service.fetch_result("s", "refused")
+                with pytest.raises(errors.ResultNotFound):
+                    await service.fetch_result("s", "never")
+                with pytest.raises(errors.SessionNotFound):
+                    await service.fetch_result("other", "made")
+
+        run(work())
+
+    def test_a_call_that_still_runs_is_waited_for(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                service.memory.answering.clear()
+                call = asyncio.create_task(session.call("list_programs", request_id="mine"))
+                await wait_until(lambda: service.memory.asked, what="the call")
+                with pytest.raises(errors.CommandTimeout):
+                    await service.fetch_result("s", "mine")
+                fetching = asyncio.create_task(service.fetch_result("s", "mine", timeout=20))
+                with pytest.raises(errors.DuplicateRequest):
+                    await session.call("list_programs", request_id="mine")
+                service.memory.answering.set()
+                assert await fetching == await call
+
+        run(work())
+
+    def test_an_answer_that_comes_when_its_caller_has_left_can_be_fetched(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                await _leave_before_the_reply(session, service, "create_program", {"program_id": "qa"})
+                with pytest.raises(errors.CommandCancelled, match="its caller went away"):
+                    await service.fetch_result("s", "mine")
+                service.memory.answering.set()
+                await wait_until(lambda: not service.memory.late, what="the late reply")
+                await session.list_programs()
+                assert (await service.fetch_result("s", "mine"))["program_id"] == "qa"
+
+        run(work())
+
+    def test_a_new_session_of_the_same_id_does_not_get_the_former_ones_results(self, make):
+        async def work() -> None:
+            async with make() as service:
+                first = await service.create_session(owner="alice", session_id="s")
+                await first.call("create_program", {"program_id": "secret"}, request_id="mine")
+                await first.destroy()
+                await service.create_session(owner="bob", session_id="s")
+                with pytest.raises(errors.ResultNotFound):
+                    await service.fetch_result("s", "mine")
+
+        run(work())
+
+    @only_pooled
+    def test_a_late_answer_whose_change_the_store_refused_is_not_told_as_done(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                await _leave_before_the_reply(session, service, "create_program", {"program_id": "qa"})
+                with store_that_refuses(tmp_path / "store.sqlite", "qa"):
+                    service.memory.answering.set()
+                    await wait_until(lambda: service.memory.get_place("s") is None, what="the place's end")
+                with pytest.raises(errors.DSPexError):
+                    await service.fetch_result("s", "mine")
+                assert await session.list_programs() == []
+
+        run(work())
+
+
+async def _leave_before_the_reply(session: Any, service: Service, command: str, args: dict[str, Any]) -> None:
+    """Ask, let the kernel do it, and go away while its reply is on its way."""
+    service.memory.answering.clear()
+    call = asyncio.create_task(session.call(command, args, request_id="mine"))
+    await wait_until(lambda: service.memory.late, what="the reply on its way")
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+@only_pooled
+class TestChangesOfPooledSessions:
+    """What a pooled kernel changed is the service's to keep, before it answers."""
+
+    def test_a_change_that_the_store_refuses_has_not_happened(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                session, other = [await service.create_session(session_id=name) for name in ("s", "other")]
+                await session.create_program("kept", "question -> answer")
+                with store_that_refuses(tmp_path / "store.sqlite", "refused"):
+                    with pytest.raises(errors.StoreError, match="the disk is full"):
+                        await session.create_program("refused", "question -> answer")
+                    assert (await service.get_session_info("s")).programs == ["kept"]
+                    assert await _ids(session) == ["kept"]
+                    assert (await service.get_session_info("s")).generation == 2
+                    await other.create_program("theirs", "question -> answer")
+                assert (await service.get_session_info("other")).generation == 1, "others notice nothing"
+                await session.create_program("refused", "question -> answer")
+                assert await _ids(session) == ["kept", "refused"]
+
+        run(work())
+
+    def test_nothing_that_came_after_a_refused_change_is_kept(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                names = ["a", "refused", "b", "c"]
+                with store_that_refuses(tmp_path / "store.sqlite", "refused"):
+                    outcomes = await asyncio.gather(
+                        *(session.create_program(name, "question -> answer") for name in names),
+                        return_exceptions=True,
+                    )
+                    failed = [name for name, told in zip(names, outcomes, strict=True) if _is_refused(told)]
+                    assert failed[-3:] == ["refused", "b", "c"]
+                    kept = ["a"] if failed == names[1:] else []
+                    async with SQLStore(service.store_url) as store:
+                        assert list((await store.get("s")).contents.programs) == kept
+                    assert await _ids(session) == kept
+
+        run(work())
+
+    def test_what_a_kernel_tells_between_a_refusal_and_its_end_is_not_kept(self, make, tmp_path):
+        """It stands on the refused change: kept alone it would be another session than anybody saw."""
+
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                service.memory.answering.clear()
+                after = asyncio.create_task(session.create_program("after", "question -> answer"))
+                await wait_until(lambda: service.memory.late, what="its reply on its way")
+                service.memory.closing.clear()
+                answering, service.memory.answering = service.memory.answering, _passing()
+                with store_that_refuses(tmp_path / "store.sqlite", "refused"), pytest.raises(errors.StoreError):
+                    await session.create_program("refused", "question -> answer")
+                answering.set()
+                outcome = (await asyncio.gather(after, return_exceptions=True))[0]
+                service.memory.closing.set()
+                assert isinstance(outcome, errors.DSPexError), "it was told as done"
+                assert await _ids(session) == []
+
+        run(work())
+
+    def test_changes_reach_the_store_in_the_order_of_the_replies(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                asked: list[tuple[str, dict[str, Any]]] = []
+                for number in range(40):
+                    asked.append(("create_program", {"program_id": f"p{number % 7}", "replace": True}))
+                    if number % 5 == 4:
+                        asked.append(("delete_program", {"program_id": f"p{number % 3}"}))
+                await asyncio.gather(*(session.call(*one) for one in asked))
+                async with SQLStore(service.store_url) as store:
+                    kept = (await store.get("s")).contents.programs
+                held = service.memory.contents("s").programs
+                assert list(kept) == list(held)
+                assert kept == held
+
+        run(work())
+
+    def test_a_late_replys_changes_are_kept(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                await _leave_before_the_reply(session, service, "create_program", {"program_id": "qa"})
+                service.memory.answering.set()
+                await wait_until(lambda: not service.memory.late, what="the late reply")
+                await session.create_program("next", "question -> answer")
+                async with SQLStore(service.store_url) as store:
+                    assert list((await store.get("s")).contents.programs) == ["qa", "next"]
+                service.memory.lose("s")
+                assert await _ids(session) == ["qa", "next"]
+
+        run(work())
+
+    def test_what_a_former_generation_tells_changes_nothing(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                await session.create_program("qa", "question -> answer")
+                service.memory.lose("s")
+                await session.list_programs()
+                service.memory.changed("s", 1, [{"change": "program_deleted", "program_id": "qa"}])
+                await session.create_program("next", "question -> answer")
+                async with SQLStore(service.store_url) as store:
+                    assert list((await store.get("s")).contents.programs) == ["qa", "next"]
+
+        run(work())
+
+    def test_a_kernel_that_tells_nonsense_is_not_believed_and_its_caller_told(self, make):
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                tell = service.memory.changed
+                service.memory.changed = lambda *about: tell(*about[:2], [{"change": "no_such_change"}])
+                with pytest.raises(errors.DSPexError, match="cannot be read"):
+                    await session.create_program("qa", "question -> answer")
+                service.memory.changed = tell
+                assert await _ids(session) == []
+                assert (await service.get_session_info("s")).generation == 2
+
+        run(work())
+
+    def test_what_sessions_spent_is_in_the_store_within_a_second(self, make, monkeypatch):
+        assert keeper.SPENT_INTERVAL < 1.0
+        monkeypatch.setattr(keeper, "SPENT_INTERVAL", 0.01)
+
+        async def work() -> None:
+            async with make() as service, SQLStore(service.store_url) as store:
+                sessions = [await service.create_session() for _ in range(3)]
+                for session in sessions:
+                    await session.call("execute_program", {"program_id": "qa"})
+                for session in sessions:
+                    async with asyncio.timeout(5):
+                        while (await store.get(session.session_id)).contents.spent.executions != 1:
+                            await asyncio.sleep(0)
+
+        run(work())
+
+
+async def _ids(session: Any) -> list[str]:
+    return [program["program_id"] for program in await session.list_programs()]
+
+
+def _is_refused(outcome: Any) -> bool:
+    return isinstance(outcome, errors.StoreError)
+
+
+def _passing() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+class TestEnding:
+    def test_two_that_destroy_a_session_at_once_both_return_when_it_is_gone(self, make, tmp_path):
+        async def work() -> None:
+            async with make() as service:
+                for _ in range(3):
+                    await service.create_session(session_id="s")
+                    service.memory.closing.clear()
+                    ends = [asyncio.create_task(service.destroy_session("s")) for _ in range(2)]
+                    await wait_until(lambda: service._registry.find("s") is None, what="the end's beginning")
+                    await asyncio.sleep(0.05)
+                    early = [task.done() for task in ends]
+                    service.memory.closing.set()
+                    await asyncio.gather(*ends)
+                    assert early == [False, False], "it returned before its place was closed"
+                    assert not (tmp_path / "sessions" / "s").exists()
+
+        run(work())
+
+    def test_a_backend_that_fails_to_stop_keeps_nothing_else_from_stopping(self, make):
+        async def work() -> None:
+            service = await make().start()
+            await service.create_session(session_id="s")
+            stop = service.memory.stop
+
+            async def stop_and_fail() -> None:
+                await stop()
+                raise RuntimeError("it would not stop")
+
+            service.memory.stop = stop_and_fail
+            with pytest.raises(RuntimeError, match="would not stop"):
+                await service.stop()
+            async with make() as service:
+                assert await service.get_session("s").list_programs() == []
+
+        run(work())
+
+    def test_a_call_whose_reply_never_comes_does_not_hold_up_the_stop(self, make):
+        async def work() -> None:
+            service = await make().start()
+            session = await service.create_session(session_id="s")
+            service.memory.answering.clear()
+            call = asyncio.create_task(session.create_program("qa", "question -> answer"))
+            await wait_until(lambda: service.memory.late, what="the call")
+            await service.stop()
+            with pytest.raises(errors.ServiceClosed):
+                await call
 
         run(work())

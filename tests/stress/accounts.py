@@ -107,6 +107,7 @@ class Account:
             await self._make(ask, program_id, None, "delete_program", {"program_id": program_id})
         except errors.ProgramNotFound:
             assert may_be_absent, f"{self.name}: {program_id} was not there to be deleted"
+            self.uncertain -= 1
             self._possible[program_id] = {None}
 
     async def _make(self, ask: Ask, key: str, value: object, command: str, args: dict[str, Any]) -> dict[str, Any]:

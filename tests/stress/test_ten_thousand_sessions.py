@@ -1,0 +1,89 @@
+"""Ten thousand sessions in four kernels: they come, run, are listed and go, and cost little."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from dspex_kernels import SessionService
+from tests.stress import figures
+from tests.stress.services import HealthWatch, memory_of, own_memory, pids_of_pool, quantile, side_by_side, started
+
+SESSIONS = figures.scaled(10_000)
+KERNELS = 4
+WORKERS = 32
+"""Sessions that are worked at, at a time."""
+WARM_UP = 200
+"""Sessions before: what is loaded once is no session's."""
+KERNEL_KIB, SERVICE_KIB = 50, 15
+"""Memory for each session at most."""
+HEALTH_S = 0.02
+"""Seconds in which the service must tell its health."""
+
+
+async def make(service: SessionService, session_id: str) -> None:
+    session = await service.create_session("owner", session_id=session_id, lm="offline/echo")
+    await session.create_program("qa", "question -> answer")
+
+
+async def execute(service: SessionService, session_id: str) -> None:
+    told = await service.call(session_id, "execute_program", {"program_id": "qa", "inputs": {"question": session_id}})
+    assert "answer" in told["outputs"]
+
+
+async def destroy(service: SessionService, session_id: str) -> None:
+    await service.destroy_session(session_id)
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(figures.TIMEOUT + 60)
+def test_ten_thousand_sessions_live_in_four_kernels(tmp_path):
+    async def work() -> None:
+        async with started(tmp_path, "pooled", kernels=KERNELS, max_sessions=0) as service:
+            for step in (make, execute, destroy):
+                await side_by_side((step(service, f"warm-{n}") for n in range(WARM_UP)), WORKERS)
+            await live(service)
+
+    async def live(service: SessionService) -> None:
+        ids = [f"session-{number}" for number in range(SESSIONS)]
+        pids = pids_of_pool(service)
+        service_before, kernels_before = own_memory(), sum(map(memory_of, pids))
+        health = HealthWatch(service)
+        seconds: dict[str, float] = {}
+        async with health.looking():
+            for step in (make, execute):
+                began = time.monotonic()
+                await side_by_side((step(service, session_id) for session_id in ids), WORKERS)
+                seconds[step.__name__] = time.monotonic() - began
+            service_kib = (own_memory() - service_before) / SESSIONS / 1024
+            kernel_kib = (sum(map(memory_of, pids)) - kernels_before) / SESSIONS / 1024
+            began = time.monotonic()
+            listed = await service.list_sessions()
+            seconds["list"] = time.monotonic() - began
+            began = time.monotonic()
+            await side_by_side((destroy(service, session_id) for session_id in ids), WORKERS)
+            seconds["destroy"] = time.monotonic() - began
+        p99, longest = quantile(health.seconds, 0.99), max(health.seconds)
+        figures.tell(
+            "ten thousand sessions",
+            sessions=SESSIONS,
+            kernel_kib=kernel_kib,
+            service_kib=service_kib,
+            health_ms_p50=1000 * quantile(health.seconds, 0.5),
+            health_ms_p99=1000 * p99,
+            health_ms_max=1000 * longest,
+            health_alone_ms_p99=1000 * quantile(health.alone, 0.99),
+            health_alone_ms_max=1000 * max(health.alone),
+            **{f"{name}_per_s": SESSIONS / took for name, took in seconds.items()},
+        )
+        assert {info.session_id for info in listed} == set(ids)
+        assert all(info.programs == ["qa"] for info in listed)
+        assert await service.list_sessions() == []
+        assert pids_of_pool(service) == pids, "a kernel died, or was recycled"
+        assert kernel_kib <= KERNEL_KIB
+        assert service_kib <= SERVICE_KIB
+        assert p99 <= HEALTH_S
+
+    asyncio.run(work())
