@@ -15,8 +15,11 @@ from packaging.requirements import Requirement
 
 from dspex_kernels import LMPolicy, SessionService, config
 from dspex_kernels.kernel.notebook.magics import VERBS
-from dspex_kernels.protocol.commands import COMMANDS
+from dspex_kernels.protocol.commands import PUBLIC
+from dspex_kernels.sessions.pool import KernelPool
+from dspex_kernels.sessions.secrets import CRYPT_KEY_VARIABLE
 
+CONFIGURABLES = (SessionService, KernelPool, LMPolicy, config.ProviderLimits)
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI = ROOT / ".ci" / "run"
@@ -50,20 +53,19 @@ def words(pattern: str) -> list[str]:
 
 def test_the_readme_names_every_command_of_the_table_and_no_other():
     [sentence] = re.findall(r"^The commands are (.*?)\. In other", README, re.S | re.M)
-    assert sorted(re.findall(r"`(\w+)`", sentence)) == sorted(COMMANDS)
+    assert sorted(re.findall(r"`(\w+)`", sentence)) == sorted(PUBLIC)
 
 
 def test_the_readme_names_every_variable_that_a_kernel_reads_and_no_other():
     variables = [value for name, value in vars(config).items() if name.startswith("ENV_")]
-    assert words("DSPEX_[A-Z_]+") == sorted(variables)
+    of_the_service = {CRYPT_KEY_VARIABLE, "DSPEX_TRACE_CONTENT=1"}
+    assert set(re.findall(r"`(DSPEX_[A-Z_]+(?:=1)?)`", README)) == {*variables} | of_the_service
 
 
 def test_the_readmes_settings_have_the_defaults_that_there_are():
     rows = re.findall(r"^\| `(\w+\.\w+)` \| (`(?:\"\w+\"|\[\])`|\d+|true|false) \|", README, re.M)
     simple = {name: json.loads(text.strip("`")) for name, text in rows}  # the others are told in words
-    traits = {
-        f"{cls.__name__}.{name}": t for cls in (SessionService, LMPolicy) for name, t in cls.class_traits().items()
-    }
+    traits = {f"{cls.__name__}.{name}": t for cls in CONFIGURABLES for name, t in cls.class_traits().items()}
     assert simple
     assert {name: traits[name].default() for name in simple} == simple
 
@@ -75,8 +77,14 @@ def test_the_readme_names_the_magics_verbs():
 
 def test_what_is_imported_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {Requirement(line).name.lower().replace("-", "_") for line in project["dependencies"]}
-    told = {"yaml": "pyyaml", "zmq": "pyzmq", "ipython": "ipykernel"}  # by the name that is imported
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "test" for line in lines]
+    declared = {Requirement(line).name.lower().replace("-", "_") for line in (*project["dependencies"], *extras)}
+    told = {
+        "yaml": "pyyaml",
+        "zmq": "pyzmq",
+        "ipython": "ipykernel",
+        "opentelemetry": "opentelemetry_api",
+    }  # by the name that is imported
     part_of = {"pydantic_core": "pydantic", "annotated_types": "pydantic"}
     imported = {module.lower() for path in (ROOT / "dspex_kernels").rglob("*.py") for module in modules_of(path)}
     others = imported - {name.lower() for name in sys.stdlib_module_names} - {"dspex_kernels"}

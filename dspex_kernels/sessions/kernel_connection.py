@@ -439,7 +439,8 @@ class KernelConnection:
                     return
             except (errors.DSPexError, TimeoutError) as failure:
                 self._abandon(message["header"]["msg_id"])
-                _log.warning("kernel %s: call %s could not be cancelled: %s", self.name, request_id, failure)
+                if self._failure is None:  # else the call has ended with its kernel
+                    _log.warning("kernel %s: call %s could not be cancelled: %s", self.name, request_id, failure)
                 return
 
 

@@ -71,7 +71,7 @@ class Keys:
         return {**args, "api_key": profile.api_key.get_secret_value()}
 
     def _seal(self, session_id: str, profile: LMProfileArgs) -> bytes:
-        """A key bound to its profile: the settings may come to name another provider while the key is not replaced."""
+        """A key, bound to its profile: the settings may come to name another provider without us."""
         assert self._vault is not None
         assert profile.api_key is not None
         sealed = {"key": profile.api_key.get_secret_value(), "of": _fingerprint(profile.profile())}

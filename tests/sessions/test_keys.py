@@ -171,22 +171,12 @@ def test_without_a_vault_a_key_outlives_kernels_and_not_the_service(make, tmp_pa
         async with make() as service:
             await service.get_session("s").list_programs()
             assert told(service) == []
-            assert (await SQLStoreOf(service).lm("s")).key_given, "else nobody could tell that one is missing"
+            async with SQLStore(service.store_url) as store:
+                lm = (await store.get("s")).contents.settings.lm
+            assert lm is not None
+            assert lm.key_given, "else nobody could tell that one is missing"
 
     run(work())
-
-
-class SQLStoreOf:
-    """What a service's store holds, read beside it."""
-
-    def __init__(self, service: MemoryService) -> None:
-        self._url = service.store_url
-
-    async def lm(self, session_id: str) -> LMProfile:
-        async with SQLStore(self._url) as store:
-            profile = (await store.get(session_id)).contents.settings.lm
-        assert profile is not None
-        return profile
 
 
 def test_a_key_travels_with_its_session_to_the_other_backend(make):

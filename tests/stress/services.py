@@ -22,7 +22,9 @@ LOOK_INTERVAL = 0.02
 
 
 @contextlib.asynccontextmanager
-async def started(directory: Path, backend: str, *, kernels: int = 2, **traits: Any) -> AsyncIterator[SessionService]:
+async def started(
+    directory: Path, backend: str, *, kernels: int = 2, **traits: Any
+) -> AsyncIterator[SessionService]:
     """A service; one whose backend is the pool has all its kernels when this begins.
 
     Args:
@@ -136,5 +138,3 @@ def pids_of_pool(service: SessionService) -> list[int]:
     """The pool's kernels."""
     members = service._backends["pooled"].pool.members  # type: ignore[attr-defined]  # a PooledBackend
     return [member.kernel.pid for member in members]
-
-

@@ -27,6 +27,7 @@ from dspex_kernels.sessions.service import ServiceSession
 from tests.lm_server import Answer, Exchange, LMServer, RecordedRequest, canary
 from tests.stress import figures
 from tests.stress.accounts import Account
+from tests.stress.services import until_whole
 from tests.waiting import wait_until
 
 CALLS = 200
@@ -43,8 +44,8 @@ CALL_TIMEOUT = 60.0
 """Seconds for a call: with it comes its answer, whatever dies."""
 LATE = 10.0
 """Seconds after that from when a call counts as unanswered."""
-LATENCY = 1.0
-"""Seconds that the LM server thinks: requests are open at any moment, and two cores are enough for all of it."""
+LATENCY = {"pooled": 0.3, "dedicated": 1.0}
+"""Seconds that the LM server thinks: requests are open at any moment, and two cores are enough for the rest."""
 NONCE = re.compile(r"storm-\d+-\d+")
 
 WATCHER = """
@@ -107,13 +108,14 @@ class Watcher:
 class Thinking:
     """Answers after a moment; knows which requests are open."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._requests: dict[int, RecordedRequest] = {}
 
     async def respond(self, exchange: Exchange) -> None:
         self._requests[id(exchange.request)] = exchange.request
         try:
-            await asyncio.sleep(LATENCY)
+            await asyncio.sleep(self._seconds)
             await Answer().respond(exchange)
         finally:
             del self._requests[id(exchange.request)]
@@ -143,7 +145,7 @@ class Storm:
         self.server = server
         self.watcher = watcher
         self.backend = backend
-        self.thinking = Thinking()
+        self.thinking = Thinking(LATENCY[backend])
         server.behaviour = self.thinking
         self.customers: list[Customer] = []
         self.outcomes: Counter[str] = Counter()
@@ -276,7 +278,7 @@ class Storm:
         pid, customers = await self._find_kernel()
         api_keys = {customer.api_key for customer in customers}
         with contextlib.suppress(AssertionError):  # it has died meanwhile, or does nothing: another one will do
-            await wait_until(lambda: self.thinking.of(api_keys), deadline=5)
+            await wait_until(lambda: self.thinking.of(api_keys), deadline=1)
         waiting = self.thinking.of(api_keys)
         if not waiting or not _is_alive(pid):
             return
@@ -324,12 +326,13 @@ class Storm:
         try:
             await account.change_steady(lambda *asked: self.ask(customer, *asked), text)
         except errors.KernelDied:
-            if await self.watcher.is_killed():
+            killed = await self.watcher.is_killed()
+            customer.ambushed.clear()
+            if killed:
                 self.kills["written" if await self._is_written(customer, text) else "any"] += 1
             raise
         else:
             self.kills["any"] += await self.watcher.is_killed()
-        finally:
             customer.ambushed.clear()
 
     async def _is_written(self, customer: Customer, text: str) -> bool:
@@ -355,8 +358,7 @@ class Storm:
     async def wait_until_whole(self) -> None:
         """Return when every kernel that died has a successor."""
         if self.backend == "pooled":
-            pool = self.service._backends["pooled"].figures  # type: ignore[attr-defined]  # a PooledBackend
-            await wait_until(lambda: pool()["available"] == KERNELS and not pool()["starting"], deadline=60)
+            await until_whole(self.service, KERNELS)
         else:
             assert len({(await c.session.info())["kernel_pid"] for c in self.customers}) == len(self.customers)
 

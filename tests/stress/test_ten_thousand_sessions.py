@@ -29,7 +29,9 @@ async def make(service: SessionService, session_id: str) -> None:
 
 
 async def execute(service: SessionService, session_id: str) -> None:
-    told = await service.call(session_id, "execute_program", {"program_id": "qa", "inputs": {"question": session_id}})
+    told = await service.call(
+        session_id, "execute_program", {"program_id": "qa", "inputs": {"question": session_id}}
+    )
     assert "answer" in told["outputs"]
 
 

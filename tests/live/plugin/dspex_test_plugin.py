@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import dspy
@@ -30,6 +33,37 @@ class Hangs(Blocks):
 
     async def aforward(self, question: str) -> dspy.Prediction:
         return self.forward(question)
+
+
+_CHILD = """
+import os, signal
+here, there = os.pipe()
+if not os.fork():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.write(there, str(os.getpid()).encode())
+    signal.pause()
+os.wait()  # the one between
+print(os.getpid(), os.read(here, 32).decode(), flush=True)
+signal.pause()
+"""
+
+
+class Forks(dspy.Module):
+    """Leaves a child, and a grandchild that called setsid and was forked twice; answers with their process ids."""
+
+    async def aforward(self, question: str) -> dspy.Prediction:
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", _CHILD], stdout=subprocess.PIPE, text=True)
+        with child.stdout as told:
+            return dspy.Prediction(answer=told.readline().strip())
+
+
+class Where(dspy.Module):
+    """Answers with the process that it runs in."""
+
+    async def aforward(self, question: str) -> dspy.Prediction:
+        return dspy.Prediction(answer=str(os.getpid()))
 
 
 class _Recorder(dspy.utils.BaseCallback):
