@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "DSPexError": "dspex_kernels.errors",
     "LMPolicy": "dspex_kernels.config",
+    "ProviderLimits": "dspex_kernels.config",
     "Program": "dspex_kernels.sessions.session",
     "Session": "dspex_kernels.sessions.session",
     "SessionService": "dspex_kernels.sessions.service",
@@ -24,6 +25,7 @@ __all__ = ["__version__", *sorted(_NAMES)]
 
 if TYPE_CHECKING:
     from dspex_kernels.config import LMPolicy as LMPolicy
+    from dspex_kernels.config import ProviderLimits as ProviderLimits
     from dspex_kernels.errors import DSPexError as DSPexError
     from dspex_kernels.sessions.direct import connect_kernel as connect_kernel
     from dspex_kernels.sessions.kernel_client import DSPexKernelClient as DSPexKernelClient

@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from traitlets.config import Application
 
 from dspex_kernels import LMPolicy, SessionService, __version__, errors
@@ -21,7 +23,12 @@ from dspex_kernels.cli import batch, doctor, jsonl, main
 from dspex_kernels.cli.app import DSPexApp
 from dspex_kernels.cli.call import parse_arguments
 from dspex_kernels.cli.install import kernel_spec
+from dspex_kernels.config import ProviderLimits
 from dspex_kernels.protocol import limits
+from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.pool import KernelPool
+from dspex_kernels.sessions.secrets import Vault
+from dspex_kernels.sessions.store.sql import SQLStore
 
 ROOT = Path(__file__).parents[1]
 SUBCOMMANDS = ("demo", "call", "batch", "library", "store", "install", "doctor")
@@ -116,7 +123,11 @@ class TestTheParser:
         code, _, _ = run_cli("--generate-config")
         text = (tmp_path / "jupyter_dspex_config.py").read_text()
         assert code == 0
-        assert re.findall(r"^# (\w+)\(\w+\) configuration", text, re.M)[:2] == ["SessionService", "LMPolicy"]
+        assert re.findall(r"^# (\w+)\(\w+\) configuration", text, re.M)[:3] == [
+            "SessionService",
+            "KernelPool",
+            "LMPolicy",
+        ]
         for setting in ("SessionService.max_sessions", "LMPolicy.allowed_models", "BatchApp.concurrency"):
             assert f"c.{setting} = " in text
         (tmp_path / "jupyter_dspex_config.py").write_text(
@@ -305,12 +316,65 @@ class TestDoctor:
         assert code == (1 if any(finding["status"] == "fail" for finding in findings) else 0)
 
 
+class TestTheStore:
+    def test_a_backup_is_a_store_of_its_own(self, run_cli, tmp_path):
+        store, copy = tmp_path / "store.sqlite", tmp_path / "copy.sqlite"
+        now = datetime.now(UTC)
+        record = SessionRecord(session_id="s", owner="alice", backend="pooled", created_at=now, last_activity=now)
+
+        async def fill() -> None:
+            async with SQLStore(f"sqlite:///{store}") as opened:
+                await opened.create(record)
+
+        asyncio.run(fill())
+        code, out, _ = run_cli("store", "backup", str(copy), f"--store={store}")
+        assert (code, out.startswith(f"{copy}: 1 sessions")) == (0, True)
+
+        async def read() -> SessionRecord:
+            async with SQLStore(f"sqlite:///{copy}") as opened:
+                return await opened.get("s")
+
+        assert asyncio.run(read()) == record
+
+    def test_keys_are_sealed_anew_with_the_first_key(self, run_cli, tmp_path, monkeypatch):
+        store, (old, new) = tmp_path / "store.sqlite", (Fernet.generate_key().decode() for _ in range(2))
+        now = datetime.now(UTC)
+        record = SessionRecord(session_id="s", owner="", backend="pooled", created_at=now, last_activity=now)
+
+        async def fill() -> None:
+            async with SQLStore(f"sqlite:///{store}") as opened:
+                await opened.create(record)
+                await opened.set_secret("s", Vault([old]).seal("s", "sk-test"))
+
+        asyncio.run(fill())
+        monkeypatch.setenv("DSPEX_CRYPT_KEY", f"{new};{old}")
+        code, out, _ = run_cli("store", "rotate-keys", f"--store={store}")
+        assert (code, out) == (0, "1 keys are sealed with the first key of DSPEX_CRYPT_KEY\n")
+
+        async def read() -> str:
+            async with SQLStore(f"sqlite:///{store}") as opened:
+                return Vault([new]).open("s", await opened.get_secret("s") or b"")
+
+        assert asyncio.run(read()) == "sk-test"
+
+    @pytest.mark.parametrize("argv", [(), ("backup",), ("copy", "x"), ("rotate-keys", "x")])
+    def test_an_action_that_is_not_one_is_refused_with_those_there_are(self, run_cli, argv):
+        code, out, err = run_cli("store", *argv)
+        assert (code, out, err.startswith("invalid_arguments: ")) == (1, "", True)
+
+    def test_without_a_key_nothing_is_sealed_anew(self, run_cli, tmp_path, monkeypatch):
+        monkeypatch.delenv("DSPEX_CRYPT_KEY", raising=False)
+        (tmp_path / "store.sqlite").touch()
+        code, _, err = run_cli("store", "rotate-keys", f"--store={tmp_path / 'store.sqlite'}")
+        assert (code, err.startswith("lm_credentials_required: ")) == (1, True)
+
+
 class TestTheReadme:
     def test_its_table_of_settings_is_the_traits_that_there_are(self):
         table = re.findall(r"^\| `(\w+\.\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
         traits = [
             f"{cls.__name__}.{name}"
-            for cls in (SessionService, LMPolicy)
+            for cls in (SessionService, KernelPool, LMPolicy, ProviderLimits)
             for name in cls.class_own_traits(config=True)
         ]
         assert sorted(table) == sorted(traits)

@@ -230,6 +230,7 @@ def test_the_table_covers_every_code_that_a_kernel_answers_with() -> None:
         "duplicate_request", "program_limit", "tool_changed", "not_portable", "program_failed",  # test_programs
         "dependency_missing", "internal_error", "kernel_start_failed", "not_a_dspex_kernel", "session_exists",
         "session_not_found", "session_status", "session_limit", "invalid_session", "service_closed", "store_error",
+        "pool_saturated", "result_not_found", "provider_unavailable",  # test_queue, test_outcomes, test_breaker
     }  # fmt: skip
     covered = {case.code for case in CASES.values()} | elsewhere
     assert set(by_code()) - covered == set()

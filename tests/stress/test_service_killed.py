@@ -1,4 +1,4 @@
-"""The service is killed while its sessions change: all that was acknowledged is there again, nothing else is left."""
+"""The service is killed while its sessions change: what was acknowledged comes back, and nothing else is left."""
 
 from __future__ import annotations
 
@@ -70,24 +70,17 @@ class Town:
             await service.ask("create_session", session_id=customer.session_id, backend=customer.backend)
             lm = {"model": "offline/echo", "cache": False}
             await customer.ask(service, "configure", {"lm": lm, "budget": {"lm_calls": 10**6}})
-            for program_id, module in (("qa", "Predict"), ("forks", "forks")):
-                signature = "question -> answer"
-                args = {"program_id": program_id, "signature": signature, "module": module}
-                if module == "forks":
-                    args.pop("signature")
+            qa = {"program_id": "qa", "signature": "question -> answer"}
+            for args in (qa, {"program_id": "forks", "module": "forks"}):
                 await customer.ask(service, "create_program", args)
 
-    async def live(self, service: RemoteService, changes: int) -> list[Identity]:
+    async def live(self, service: RemoteService, changes: int) -> tuple[list[Identity], float]:
         """Change the sessions until so many changes were acknowledged; then kill the service.
 
         Returns:
-            What ran below it.
+            What ran below it, and when it was killed.
         """
-        for customer in self.customers:
-            told = await customer.ask(
-                service, "execute_program", {"program_id": "forks", "inputs": {"question": "?"}}
-            )
-            assert len(told["outputs"]["answer"].split()) == 2
+        detached = [pid for customer in self.customers for pid in await self._fork(service, customer)]
         enough = self.changes + changes
         async with asyncio.TaskGroup() as group:
             for customer in self.customers:
@@ -95,8 +88,16 @@ class Town:
                 group.create_task(self._until_gone(lambda c=customer: self._spend(service, c)))
             await wait_until(lambda: self.changes >= enough, deadline=60)
             family = await asyncio.to_thread(service.descendants)
+            killed_at = time.monotonic()
             await service.kill()
-        return family
+        assert set(detached) <= {process.pid for process in family}
+        return family, killed_at
+
+    async def _fork(self, service: RemoteService, customer: Customer) -> list[int]:
+        """Have a program leave a child and a detached grandchild in the session's kernel."""
+        args = {"program_id": "forks", "inputs": {"question": "?"}}
+        answer = (await customer.ask(service, "execute_program", args))["outputs"]["answer"]
+        return [int(pid) for pid in answer.split()]
 
     async def _until_gone(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -138,8 +139,7 @@ def test_twenty_deaths_of_the_service_lose_nothing_that_was_acknowledged_and_lea
         await town.found(service)
         try:
             for _ in range(KILLS):
-                family = await town.live(service, chance.randint(*CHANGES))
-                killed_at = time.monotonic()
+                family, killed_at = await town.live(service, chance.randint(*CHANGES))
                 # The next one comes while the dead one's kernels are being ended.
                 async with asyncio.TaskGroup() as group:
                     group.create_task(town.bury(family, killed_at))
