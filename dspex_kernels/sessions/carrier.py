@@ -23,6 +23,9 @@ from dspex_kernels.sessions.outcomes import Outcomes
 from dspex_kernels.sessions.places import Places, Waiter
 from dspex_kernels.sessions.watch import watched
 
+GONE_PAUSE = 0.005
+"""Seconds before a session whose place was gone is looked for again: others are to have the event loop too."""
+
 
 class Carrier:
     """Carries calls; knows which run.
@@ -70,9 +73,8 @@ class Carrier:
             DSPexError: As ``SessionService.call``.
         """
         row = get_command(call.command)
-        request_id = call.request_id or secrets.token_hex(
-            8
-        )  # lines and spans of a call without a name have one too
+        # Log lines and spans of a call that its caller did not name have an id too.
+        request_id = call.request_id or secrets.token_hex(8)
         about = {"session_id": live.session_id, "owner": live.record.owner, "backend": live.record.backend}
         with (
             self.counted(live, row),
@@ -129,6 +131,7 @@ class Carrier:
                 )
             except PlaceGone:
                 # Nothing of it ran: the place was lost between the look and the call.
+                await asyncio.sleep(GONE_PAUSE)
                 if loop.time() >= deadline:
                     raise errors.CommandTimeout(
                         f"{call.command}: the time was over while session {live.session_id!r} moved to another "
@@ -139,6 +142,7 @@ class Carrier:
 
     async def _ask(self, live: LiveSession, row: Command, call: Call) -> dict[str, Any]:
         """Carry a call to the session's place; what it changed is durable when this returns."""
+        generation = live.record.generation
         live.asking += 1
         try:
             result = await self._places.backend_of(live).call(live.session_id, call)
@@ -149,5 +153,5 @@ class Carrier:
                 live.quiet.set()
             if row.mutates and live.status is not SessionStatus.DESTROYED:
                 # Also after an error: a call that ran out of time may have changed something.
-                await self._keeper.settle(live)
+                await self._keeper.settle(live, generation)
         return result

@@ -151,7 +151,9 @@ class Followers:
     async def _switch(self, live: LiveSession, program_id: str, carry: Carry) -> None:
         """Take a program's new version in. Runs for all who wait, whatever becomes of them."""
         try:
-            await self._keeper.settle(live)  # it may have been changed from inside its kernel
+            await self._keeper.settle(
+                live, live.record.generation
+            )  # it may have been changed from inside its kernel
             following = live.following.get(program_id)
             version = None if following is None else self._library.target(following.reference)
             if following is None or version is None or version == following.library_version:

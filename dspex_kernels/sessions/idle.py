@@ -96,7 +96,7 @@ class IdleSessions:
         """Called by the culler."""
         live = self._registry.find(session_id)
         if live is not None and not live.running:
-            await self._tasks.finish(self._lifetimes.end(live))
+            await self._lifetimes.end(live)
 
     async def _ask_kernel(self, live: LiveSession) -> None:
         """Ask a dedicated kernel what happens in it beside the service's calls: cells, notebooks that listen."""

@@ -67,24 +67,31 @@ class Keeper:
 
     def take(self, live: LiveSession, told: list[dict[str, Any]]) -> None:
         """Take in what a pooled kernel's reply says that changed; ``settle`` tells when it is durable."""
+        if live.refused is not None and live.refused[0] == live.record.generation:
+            return  # it stands on what was refused
         try:
             changes = _CHANGES.validate_python(told)
         except ValidationError as failure:
-            self.refused(live, f"its kernel told of a change that cannot be read: {first_problem(failure)}")
+            unread = errors.StoreError(
+                f"session {live.session_id!r}: its kernel told of a change that cannot be read: "
+                f"{first_problem(failure)}"
+            )
+            self._refuse(live, unread)
             return
-        kept: list[Change] = []
         for change in changes:
-            live.apply(change)
             if isinstance(change, Spent):
                 live.spent = change
                 self._spent[live.session_id] = live
-            else:
-                kept.append(change)
+        kept: list[Change] = [change for change in changes if not isinstance(change, Spent)]
         if kept:
             self._queue(live, kept)
 
-    async def settle(self, live: LiveSession) -> None:
+    async def settle(self, live: LiveSession, generation: int) -> None:
         """Return when everything that a session has changed so far is in the store.
+
+        Args:
+            live: Which.
+            generation: The session's when the change was asked for.
 
         Raises:
             StoreError: A pooled session's change could not be kept; it has not happened. (A journal is durable by
@@ -94,10 +101,9 @@ class Keeper:
             await self._tasks.finish(self.fold(live))
             return
         if live.batches:
-            batch = live.batches[-1]
-            await batch.done.wait()
-            if batch.failure is not None:
-                raise errors.from_dict(batch.failure.to_dict())  # each waiter has an exception of its own
+            await live.batches[-1].done.wait()
+        if live.refused is not None and live.refused[0] == generation:
+            raise errors.from_dict(live.refused[1].to_dict())  # each waiter has an exception of its own
 
     async def drain(self, live: LiveSession) -> None:
         """Wait until nothing of a session is on its way into the store any more; what was refused has been told."""
@@ -166,13 +172,15 @@ class Keeper:
             except errors.DSPexError as failure:
                 self._refuse(live, failure)
                 return
+            for change in batch.changes:
+                live.apply(change)
             live.batches.popleft()
             batch.done.set()
 
     def _refuse(self, live: LiveSession, failure: errors.DSPexError) -> None:
         """What could not be written has not happened, nor what came after it."""
+        live.refused = (live.record.generation, failure)
         for batch in live.batches:
-            batch.failure = failure
             batch.done.set()
         live.batches.clear()
         if live.status is not SessionStatus.DESTROYED:

@@ -20,6 +20,7 @@ from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.places import Places
 from dspex_kernels.sessions.registry import Registry
 from dspex_kernels.sessions.store import MAX_PAGE, SessionStore
+from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
 
 
@@ -33,6 +34,7 @@ class Lifetimes:
         keeper: Is told of those that end.
         tenure: Says which sessions are this service's.
         listeners: Are told of sessions that come and go.
+        tasks: Where ends run.
         log: Is told what a backend could not close.
     """
 
@@ -44,6 +46,7 @@ class Lifetimes:
         keeper: Keeper,
         tenure: Tenure,
         listeners: Listeners,
+        tasks: Tasks,
         log: Logger | LoggerAdapter[Any],
     ) -> None:
         self._registry = registry
@@ -52,6 +55,7 @@ class Lifetimes:
         self._keeper = keeper
         self._tenure = tenure
         self._listeners = listeners
+        self._tasks = tasks
         self._log = log
 
     async def load(self) -> None:
@@ -79,11 +83,12 @@ class Lifetimes:
         try:
             await asyncio.to_thread(_make_directory, live)
             try:
+                live.note(generation=1)
                 await self._store.create(live.record)
             except BaseException:
                 await asyncio.to_thread(_remove_directory, live)
                 raise
-            live.held = True
+            live.held = live.fresh = True
             self._listeners.tell(SessionCreated(**live.about()))
         except BaseException:
             live.become(SessionStatus.DESTROYED)
@@ -92,23 +97,39 @@ class Lifetimes:
             raise
 
     async def end(self, live: LiveSession) -> None:
-        """End a session for good; if that was done already, all is well.
+        """End a session for good, though the caller leave; who asks while it ends waits for the same end.
 
         Raises:
             SessionNotReady: Another service uses it; nothing was done.
             StoreError: The store or the disk refuses: the session stays, or the next ``load`` finishes its end.
         """
+        if live.ending is None:
+            live.ending = self._tasks.spawn(self._end(live))
+        await asyncio.shield(live.ending)
+
+    async def _end(self, live: LiveSession) -> None:
+        """End a session. Runs as ``live.ending``, which stays, unless it fails before anything was done."""
         if live.creating is not None:
             await asyncio.wait({live.creating})
         if live.status is SessionStatus.DESTROYED:
             return
+        try:
+            await self._write_end(live)
+        except BaseException:
+            live.ending = None
+            raise
+        if self._registry.find(live.session_id) is live:
+            await self._take_away(live)
+
+    async def _write_end(self, live: LiveSession) -> None:
         with contextlib.suppress(errors.SessionNotFound):  # another service destroyed it: less to do
             if not live.held:
                 await self._tenure.claim(live.session_id)
             # From here on a service that comes back after a crash goes on with it.
             await self._store.set_status(live.session_id, SessionStatus.DESTROYED)
-        if self._registry.find(live.session_id) is not live:  # another call was quicker
-            return
+
+    async def _take_away(self, live: LiveSession) -> None:
+        """Close and remove what a session has, and free its id."""
         live.become(SessionStatus.DESTROYED)
         self._registry.leave(live)
         live.lm_with_key = None

@@ -31,6 +31,10 @@ Moved = Callable[[str, SessionStatus | None, SessionStatus | None], None]
 """Takes a backend, and what a session there was and is (``Figures.moved``)."""
 
 
+_NOTHING = SessionContents()
+"""What every record holds here. One for all: an empty one for each session would be a third of its memory."""
+
+
 class About(TypedDict):
     """Which session, whose, and where."""
 
@@ -47,8 +51,7 @@ class Batch:
     writing: bool = False
     """It takes no more."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
-    failure: DSPexError | None = None
-    """Why they could not be kept, once ``done``; None where they are."""
+    """They are kept, or refused."""
 
 
 @dataclass(eq=False, slots=True)
@@ -74,8 +77,14 @@ class LiveSession:
     """The store holds its LM's key, sealed."""
     lm_with_key: LMProfileArgs | None = None
     """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
+    fresh: bool = False
+    """It was made just now and has had no place: what the store holds of it is ``record``."""
     held: bool = False
     """This service has the session (``tenure``): no other opens or destroys it meanwhile."""
+    refused: tuple[int, DSPexError] | None = None
+    """The last generation of which a change could not be kept, and why: nothing it tells is taken any more."""
+    ending: asyncio.Task[None] | None = None
+    """Ends the session for good."""
     batches: deque[Batch] = field(default_factory=deque)
     """Changes of a pooled session that the store does not hold yet, oldest first."""
     spent: Spent | None = None
@@ -122,7 +131,7 @@ class LiveSession:
 
     def refresh(self, record: SessionRecord) -> None:
         """Know what the store holds now: another service may have changed it."""
-        self._replace(record.model_copy(update={"contents": SessionContents()}))
+        self._replace(record.model_copy(update={"contents": _NOTHING}))
         self.programs = dict.fromkeys(record.contents.programs)
         self.following = {}
         for versions in record.contents.programs.values():

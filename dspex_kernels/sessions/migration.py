@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspex_kernels import errors
+from dspex_kernels.protocol import journal
 from dspex_kernels.protocol.records import SessionContents
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.live import LiveSession
@@ -60,6 +61,7 @@ class Migration:
         Raises:
             NotPortable: It holds what only its notebook's kernel has; nothing was changed.
             CommandTimeout: Its calls did not end in time; nothing was changed.
+            StoreError: The store did not take what it holds; it is in its old backend.
             KernelStartFailed: The new place did not open; it is in its old backend again.
         """
         deadline = asyncio.get_running_loop().time() + timeout
@@ -77,13 +79,27 @@ class Migration:
 
     async def _leave(self, live: LiveSession, target: BackendName) -> None:
         """Change a session's backend, when nothing runs in it and before its place is closed."""
-        await self._keeper.settle(live)
+        await self._settle(live)
         record = await self._store.get(live.session_id)
         _require_portable(live.session_id, record.contents)
         await self._places.backend_of(live).close(live.session_id)
-        await self._keeper.settle(live)
+        await self._settle(live)
         await self._keeper.drain(live)
         await self._settle_in(live, target)
+
+    async def _settle(self, live: LiveSession) -> None:
+        """Have the store hold everything, for the directory will be removed with the journal in it.
+
+        Raises:
+            StoreError: The store did not take it.
+        """
+        await self._keeper.settle(live, live.record.generation)
+        if live.record.directory is not None and await asyncio.to_thread(_has_unread, live):
+            raise errors.StoreError(
+                f"session {live.session_id!r} stays where it is: the store did not take all of its journal; see "
+                "the log, and try again",
+                details={"session_id": live.session_id},
+            )
 
     async def _settle_in(self, live: LiveSession, target: BackendName) -> None:
         old = live.record.directory
@@ -95,6 +111,12 @@ class Migration:
         if old is not None:
             # From here on the store holds it all; what a crash leaves of the directory is removed by _make_empty.
             await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)
+
+
+def _has_unread(live: LiveSession) -> bool:
+    """Whether a session's journal tells of changes that the store does not hold."""
+    path = live.directory / journal.FILE_NAME
+    return path.exists() and bool(journal.unread(path.read_bytes(), live.record.journal_offset).changes)
 
 
 def _require_portable(session_id: str, contents: SessionContents) -> None:

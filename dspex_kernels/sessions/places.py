@@ -222,6 +222,9 @@ class Places:
                         retry_after=1.0,
                     ) from None  # the TimeoutError tells nothing more
             await leave()
+        except errors.StoreError:
+            await self.backend_of(live).close(live.session_id)  # it may hold what the store does not
+            raise
         except BaseException:
             if live.status is SessionStatus.HIBERNATED and live.opening is None and self.of(live) is not None:
                 live.become(SessionStatus.STARTING)
@@ -293,7 +296,7 @@ class Places:
     def _check_open(self, live: LiveSession) -> None:
         if self._closed:
             raise errors.ServiceClosed("the session service is closing")
-        if live.status is SessionStatus.DESTROYED:
+        if live.status is SessionStatus.DESTROYED or live.ending is not None:
             raise not_found(live.session_id)
 
     async def _open(self, live: LiveSession) -> None:
@@ -311,11 +314,9 @@ class Places:
                     live.become(SessionStatus.READY)
                     return
             await self._keeper.drain(live)
-            record = await self._claim(live)
-            generation = record.generation + 1
-            await self._store.set_generation(live.session_id, generation)
-            live.note(generation=generation)
-            await backend.open(record.model_copy(update={"generation": generation}), timeout=self._start_timeout)
+            record = live.record if live.fresh else await self._next_record(live)
+            live.fresh = False
+            await backend.open(record, timeout=self._start_timeout)
             await self._tell_key(live, backend)
             if live.status is SessionStatus.STARTING:
                 live.become(SessionStatus.READY)
@@ -358,7 +359,15 @@ class Places:
             return
         if lm is not None:
             await backend.call(live.session_id, Call("configure", {"lm": lm}, self._command_timeout))
-            await self._keeper.settle(live)
+            await self._keeper.settle(live, live.record.generation)
+
+    async def _next_record(self, live: LiveSession) -> SessionRecord:
+        """A session's record for its next place, one generation later."""
+        record = await self._claim(live)
+        generation = record.generation + 1
+        await self._store.set_generation(live.session_id, generation)
+        live.note(generation=generation)
+        return record.model_copy(update={"generation": generation})
 
     async def _claim(self, live: LiveSession) -> SessionRecord:
         """Make the session this service's, and know of it what the store holds now."""

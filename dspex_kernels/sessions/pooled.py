@@ -22,6 +22,8 @@ from dspex_kernels.sessions.pool import KernelPool, PoolKernel
 from dspex_kernels.sessions.queue import FairQueue, Moved
 from dspex_kernels.sessions.tasks import Tasks
 
+MAX_OPENING = 128
+"""Sessions that are opened at the same time: when a kernel dies, thousands may come back at once."""
 CLOSE_TIMEOUT = 5.0
 """Seconds for a kernel to let a session go: it gives running calls two."""
 COLLECT_INTERVAL = 0.5
@@ -67,6 +69,7 @@ class PooledBackend(SessionBackend):
         self._tasks = Tasks(self.log)
         self._collecting: asyncio.Task[None] | None = None
         self._suspected: set[PoolKernel] = set()
+        self._opening = asyncio.Semaphore(MAX_OPENING)
 
     async def start(self) -> None:
         self._collecting = self._tasks.spawn(self._collect())
@@ -88,6 +91,10 @@ class PooledBackend(SessionBackend):
                 await asyncio.wait(running)
 
     async def open(self, record: SessionRecord, *, timeout: float) -> Place:
+        async with self._opening:
+            return await self._open(record, timeout)
+
+    async def _open(self, record: SessionRecord, timeout: float) -> Place:
         deadline = asyncio.get_running_loop().time() + timeout
         args = {
             "session_id": record.session_id,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
@@ -138,7 +139,8 @@ class SessionService(LoggingConfigurable):
         self._tasks = Tasks(self.log)
         self._running = False
         self._culling: asyncio.Task[None] | None = None
-        self._undecided = 0.0
+        self._chosen = 0
+        """Sessions whose backend was left to the service."""
 
     async def start(self) -> Self:
         """Open the store, make the backends ready; sessions of an earlier service are there, hibernated."""
@@ -203,7 +205,14 @@ class SessionService(LoggingConfigurable):
         followers = Followers(self._library, self._keeper, self._tasks, timeout=self.command_timeout)
         self._carrier = Carrier(self._places, self._keeper, self._keys, self._outcomes, followers, self.listeners)
         self._lifetimes = Lifetimes(
-            self._registry, self._store, self._places, self._keeper, self._tenure, self.listeners, self.log
+            self._registry,
+            self._store,
+            self._places,
+            self._keeper,
+            self._tenure,
+            self.listeners,
+            self._tasks,
+            self.log,
         )
         self._migration = Migration(self._store, self._places, self._keeper, self._sessions_dir, self.log)
         self._culler = Culler(
@@ -244,8 +253,10 @@ class SessionService(LoggingConfigurable):
             if self._culling is not None:
                 self._culling.cancel()
                 await asyncio.wait({self._culling})
-            await asyncio.gather(*(backend.stop() for backend in self._backends.values()))
-            await self._kernels.stop()
+            try:
+                await asyncio.gather(*(backend.stop() for backend in self._backends.values()))
+            finally:
+                await self._kernels.stop()
         finally:
             await self._keeper.stop()
             if pending := self._carrier.running | self._tasks.running:
@@ -283,7 +294,7 @@ class SessionService(LoggingConfigurable):
 
     async def _remember_reply(self, live: LiveSession, content: dict[str, Any]) -> None:
         """Have a reply fetched only when what it acknowledges is durable."""
-        await self._keeper.settle(live)
+        await self._keeper.settle(live, content["generation"])
         self._outcomes.replied(content)
 
     def _heed(self, happening: Happening) -> None:
@@ -322,11 +333,12 @@ class SessionService(LoggingConfigurable):
             DSPexError: ``configure`` refused ``lm``; no session was made.
         """
         self._check_running()
-        backend = backend or self._next_backend()
-        self._places.backend(backend)
+        if backend is not None:
+            self._places.backend(backend)
         session_id = names.new_session_id() if session_id is None else session_id
         self._registry.check_id(session_id)
         self._registry.check_limits(owner, self.max_sessions, self.max_sessions_per_owner)
+        backend = backend or self._next_backend()  # last: who is refused takes nothing of the pool's share
         directory = self._sessions_dir / session_id if backend == DedicatedBackend.name else None
         record = new_record(session_id, owner=owner, backend=backend, directory=directory)
         live = LiveSession.of(record)
@@ -341,7 +353,7 @@ class SessionService(LoggingConfigurable):
                     args = {"lm": lm if isinstance(lm, str) else dict(lm)}
                     await self._carrier.call(live, Call("configure", args, self.command_timeout))
             except BaseException:
-                await self._tasks.finish(self._lifetimes.end(live))
+                await self._lifetimes.end(live)
                 raise
         return ServiceSession(self, session_id)
 
@@ -350,11 +362,11 @@ class SessionService(LoggingConfigurable):
 
     def _next_backend(self) -> str:
         """The service's own, or the pool so often that its share comes out exactly."""
-        self._undecided += self.pooled_fraction
-        if self._undecided < 1:
-            return self.backend
-        self._undecided -= 1
-        return PooledBackend.name
+        self._chosen += 1
+        before, now = (
+            math.floor(count * self.pooled_fraction + 1e-9) for count in (self._chosen - 1, self._chosen)
+        )
+        return PooledBackend.name if now > before else self.backend
 
     def get_session(self, session_id: str) -> ServiceSession:
         """A handle on a session.
@@ -411,13 +423,13 @@ class SessionService(LoggingConfigurable):
             SessionNotReady: Another service on the same store uses it.
             StoreError: The store or the disk refuses; the session stays, or the next start finishes its end.
         """
-        await self._tasks.finish(self._lifetimes.end(self._get_live(session_id)))
+        await self._lifetimes.end(self._get_live(session_id))
 
     async def destroy_sessions(self, *, owner: str) -> int:
         """End all sessions of an owner; how many those were."""
         self._check_running()
         chosen = self._registry.owned_by(owner)
-        await asyncio.gather(*(self._tasks.finish(self._lifetimes.end(live)) for live in chosen))
+        await asyncio.gather(*(self._lifetimes.end(live) for live in chosen))
         return len(chosen)
 
     async def interrupt_session(self, session_id: str) -> None:

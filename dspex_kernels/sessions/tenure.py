@@ -63,6 +63,15 @@ class Tenure:
         self._log = log
         self._deposed = deposed
         self._renewing: asyncio.Task[None] | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._expires_at = datetime.min.replace(tzinfo=UTC)
+        self.times_deposed = 0
+        """How often another service has taken this one for dead."""
+
+    @property
+    def is_lapsed(self) -> bool:
+        """Whether the lease has run out, as after a sleep: the sessions may be another's by now."""
+        return datetime.now(UTC) >= self._expires_at
 
     async def begin(self) -> None:
         """Register this service; what is left of dead ones is freed.
@@ -77,10 +86,7 @@ class Tenure:
                 f"cannot lock {self._path_of(self.service_id)}: {failure.strerror}; make it writable, or set "
                 "SessionService.data_dir"
             ) from failure
-        now = datetime.now(UTC)
-        await self._store.register(
-            ServiceRecord(self.service_id, socket.gethostname(), os.getpid(), now, now + timedelta(seconds=LEASE))
-        )
+        await self._register()
         for other in await self._store.services():
             if other.service_id != self.service_id and await self._is_dead(other):
                 await self._bury(other)
@@ -88,9 +94,11 @@ class Tenure:
 
     async def end(self) -> None:
         """Leave the sessions to whichever service comes next. Called when every kernel has ended."""
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.wait({self._renewing})
+        ending = {task for task in (self._renewing, self._renewal) if task is not None}
+        for task in ending:
+            task.cancel()
+        if ending:
+            await asyncio.wait(ending)
         try:
             await self._store.unregister(self.service_id)
         except errors.DSPexError as failure:  # the lease runs out, and the lock is free
@@ -140,23 +148,49 @@ class Tenure:
                 return not held
         return service.expires_at < datetime.now(UTC)
 
+    async def confirm(self) -> None:
+        """Return when the lease holds; where it has run out it is renewed, or what another has is given up first.
+
+        Raises:
+            StoreError: The store cannot be asked.
+        """
+        if self.is_lapsed:
+            await asyncio.shield(self._begin_renewal())
+
+    def _begin_renewal(self) -> asyncio.Task[None]:
+        """The renewal that is under way, or a new one: who waits for the lease waits for the same."""
+        if self._renewal is None or self._renewal.done():
+            self._renewal = asyncio.create_task(self._renew_once())
+        return self._renewal
+
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_INTERVAL)
-            try:
-                kept = await self._store.renew(self.service_id, datetime.now(UTC) + timedelta(seconds=LEASE))
-            except errors.DSPexError as failure:
+            renewal = self._begin_renewal()
+            await asyncio.wait({renewal})
+            if not renewal.cancelled() and (failure := renewal.exception()) is not None:
                 self._log.warning("service %s could not renew its lease: %s", self.service_id, failure)
-                continue
-            if not kept:
-                self._log.error("service %s was taken for dead: its sessions are another's now", self.service_id)
-                await self._deposed()
-                now = datetime.now(UTC)
-                await self._store.register(
-                    ServiceRecord(
-                        self.service_id, socket.gethostname(), os.getpid(), now, now + timedelta(seconds=LEASE)
-                    )
-                )
+
+    async def _renew_once(self) -> None:
+        expires_at = datetime.now(UTC) + timedelta(seconds=LEASE)
+        if await self._store.renew(self.service_id, expires_at):
+            self._expires_at = expires_at
+            return
+        self._log.error("service %s was taken for dead: its sessions are another's now", self.service_id)
+        self.times_deposed += 1
+        try:
+            await self._deposed()
+        except Exception:  # noqa: BLE001  # a kernel's end may fail in any way; the store refuses what it writes
+            self._log.exception("service %s could not give up all it had", self.service_id)
+        await self._register()
+
+    async def _register(self) -> None:
+        now = datetime.now(UTC)
+        expires_at = now + timedelta(seconds=LEASE)
+        await self._store.register(
+            ServiceRecord(self.service_id, socket.gethostname(), os.getpid(), now, expires_at)
+        )
+        self._expires_at = expires_at
 
 
 def new_service_id() -> str:

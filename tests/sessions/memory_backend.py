@@ -173,12 +173,13 @@ class MemoryBackend(SessionBackend):
             self._late.discard(work)
         if self._rooms.get(room.session_id) is not room:
             return result  # it died, or was closed, before it could reply
-        if self.replied is not None:
-            about = {"session_id": room.session_id, "request_id": call.request_id}
-            self.replied({"status": "ok", "result": result, "kernel_id": room.place.kernel_id, **about})
-        if changes and room.directory is None and self.changed is not None:
-            told = [change.model_dump(mode="json") for change in changes]
+        told = [change.model_dump(mode="json") for change in changes] if room.directory is None else []
+        if told and self.changed is not None:
             self.changed(room.session_id, room.place.generation, told)
+        if self.replied is not None:
+            about = {"session_id": room.session_id, "request_id": call.request_id, "changes": told}
+            place = {"kernel_id": room.place.kernel_id, "generation": room.place.generation}
+            self.replied({"status": "ok", "result": result, **about, **place})
         return result
 
     async def _answer(self, room: _Room, row: Command, args: Any) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class MemoryBackend(SessionBackend):
                 if versions and not args.replace:
                     raise errors.ProgramExists(f"program {args.program_id!r} exists")
                 version = len(versions) + 1
-                reasons = [args.tools[0].name] if args.tools else []
+                reasons = list(args.tools)  # as functions of a notebook are
                 record = ProgramRecord(
                     program_id=args.program_id,
                     version=version,

@@ -150,10 +150,10 @@ def test_calls_that_run_are_let_end_and_calls_that_come_wait_for_the_new_place(m
             running = asyncio.create_task(session.create_program("old", "question -> answer"))
             await wait_until(lambda: old.late, what="the call")
             moving = asyncio.create_task(service.migrate_session("s", backend=target))
-            await asyncio.sleep(0.01)
+            await wait_until(lambda: service._registry.get("s").closing, what="the move")
             coming = asyncio.create_task(session.create_program("new", "question -> answer"))
-            await asyncio.sleep(0.01)
-            assert not (moving.done() or coming.done() or running.done())
+            await wait_until(lambda: service._registry.get("s").queued, what="the call that comes")
+            assert [task.done() for task in (running, moving, coming)] == [False] * 3
             old.answering.set()
             await asyncio.gather(running, moving, coming)
             assert [program["program_id"] for program in await session.list_programs()] == ["old", "new"]
@@ -229,10 +229,13 @@ def test_a_session_that_moves_can_be_destroyed_without_waiting_for_its_calls(mak
             call = asyncio.create_task(session.call("execute_program", {"program_id": "qa"}))
             await wait_until(lambda: backend_of(service, source).running("s"), what="the call")
             moving = asyncio.create_task(service.migrate_session("s", backend=target))
-            await asyncio.sleep(0.01)
-            async with asyncio.timeout(5):  # far less than the ninety seconds that the calls may take
-                await session.destroy()
-            outcomes = await asyncio.gather(call, moving, return_exceptions=True)
+            await wait_until(lambda: service._registry.get("s").closing, what="the move")
+            try:
+                async with asyncio.timeout(5):  # far less than the ninety seconds that the calls may take
+                    await session.destroy()
+            finally:
+                call.cancel()
+                outcomes = await asyncio.gather(call, moving, return_exceptions=True)
             assert isinstance(outcomes[0], errors.CommandCancelled)
             assert isinstance(outcomes[1], errors.DSPexError)
             assert await service.list_sessions() == []
@@ -249,7 +252,7 @@ def test_a_kernel_that_dies_while_its_session_leaves_costs_nothing(make, source,
             call = asyncio.create_task(session.call("execute_program", {"program_id": "qa"}))
             await wait_until(lambda: backend_of(service, source).running("s"), what="the call")
             moving = asyncio.create_task(service.migrate_session("s", backend=target))
-            await asyncio.sleep(0.01)
+            await wait_until(lambda: service._registry.get("s").closing, what="the move")
             backend_of(service, source).lose("s")
             with pytest.raises(errors.KernelDied):
                 await call

@@ -1,7 +1,7 @@
 """A session service in a process of its own, asked over a pipe: one that can be killed, stopped and woken.
 
-The process is this module's ``main``. It takes lines of JSON, ``{"id", "verb", "args", "options"}``, where a verb is
-a method of the service, and answers each with ``{"id", "result"}`` or ``{"id", "error"}``, side by side.
+The process is this module's ``main``. It takes lines of JSON, ``{"id", "verb", "args", "options"}``, where a verb
+is a method of the service, and answers each with ``{"id", "result"}`` or ``{"id", "error"}``, side by side.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class RemoteService:
         await asyncio.wait({self._reading})
 
     async def end(self) -> None:
-        """Let it stop as it should; kill it when it does not."""
+        """Let it stop as it should; kill it when it does not. Of one that has ended nothing happens."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

@@ -62,8 +62,11 @@ for line in sys.stdin:
         with open(path, "rb") as file:
             file.seek(read if os.path.getsize(path) >= read else 0)
             found = mark.encode() in file.read()
-    if found:
-        os.kill(int(pid), signal.SIGKILL)
+    try:
+        if found:
+            os.kill(int(pid), signal.SIGKILL)
+    except ProcessLookupError:  # somebody else was quicker
+        found = False
     os.close(directory)
     print("killed" if found else "nothing", flush=True)
 """

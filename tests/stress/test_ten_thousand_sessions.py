@@ -13,7 +13,7 @@ from tests.stress.services import HealthWatch, memory_of, own_memory, pids_of_po
 
 SESSIONS = figures.scaled(10_000)
 KERNELS = 4
-WORKERS = 32
+WORKERS = 16
 """Sessions that are worked at, at a time."""
 WARM_UP = 200
 """Sessions before: what is loaded once is no session's."""

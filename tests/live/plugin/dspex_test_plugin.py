@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ class Hangs(Blocks):
 
     async def aforward(self, question: str) -> dspy.Prediction:
         return self.forward(question)
+
+
+class Grips(Blocks):
+    """Holds the interpreter: nothing else runs in its process, on whatever thread."""
+
+    def forward(self, question: str) -> dspy.Prediction:
+        re.fullmatch("(a|aa)+", 100 * "a" + "b")  # tries for longer than anybody lives, and never lets go
+        return dspy.Prediction(answer="let go")
 
 
 _CHILD = """
