@@ -36,7 +36,7 @@ from dspex_kernels.protocol.commands import Command
 from dspex_kernels.sessions.calls import ReplyListener
 from dspex_kernels.sessions.environment import kernel_environment
 from dspex_kernels.sessions.happenings import KernelDied, KernelStarted, Listeners, ReplyLate
-from dspex_kernels.sessions.kernel_connection import KernelConnection, new_context
+from dspex_kernels.sessions.kernel_connection import MAX_PENDING, KernelConnection, new_context
 from dspex_kernels.sessions.sizes import memory_bytes
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
@@ -45,8 +45,9 @@ LOG_TAIL_BYTES = 4000
 """How much of the log a failed start shows."""
 PROVISIONER = "dspex-guarded"
 """The entry point of the provisioner whose kernels end with their service, however it ends."""
-PING_TIMEOUT = 3.0
-"""Seconds in which a kernel must answer a ping; control is answered while everything computes."""
+PING_TIMEOUT = 10.0
+"""Seconds in which a kernel must answer a ping; control is answered while everything computes, but a machine that
+is overloaded may take its time."""
 MAX_LAG = 5.0
 """Seconds after which a kernel whose command loop does not come round counts as hung."""
 SUSPICION_AFTER = 2.0
@@ -207,6 +208,7 @@ class Kernels(LoggingConfigurable):
         died: Callable[[Kernel, str], None],
         link: Path | None = None,
         on_reply: ReplyListener | None = None,
+        max_pending: int = MAX_PENDING,
     ) -> Kernel:
         """Start a kernel and wait until it answers.
 
@@ -220,6 +222,7 @@ class Kernels(LoggingConfigurable):
                 been told by then, and the kernel is buried by itself.
             link: Where to keep a link to its connection file; None is nowhere.
             on_reply: As ``KernelConnection`` takes it.
+            max_pending: As ``KernelConnection`` takes it.
 
         Raises:
             KernelStartFailed: It did not come up; nothing is left of it.
@@ -230,7 +233,7 @@ class Kernels(LoggingConfigurable):
             began = asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(timeout):
-                    await self._launch(kernel, env, on_reply)
+                    await self._launch(kernel, env, on_reply, max_pending)
                     await kernel.connection.identify(timeout=timeout)
             except BaseException as failure:
                 failed = await self._start_failed(kernel, failure, timeout)
@@ -294,7 +297,9 @@ class Kernels(LoggingConfigurable):
             return f"a program ignores its end ({told['stuck']} calls)"
         return ""
 
-    async def _launch(self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None) -> None:
+    async def _launch(
+        self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None, max_pending: int
+    ) -> None:
         """Start the process, watch it, and open the connection to it."""
         log_file = await asyncio.to_thread(_open_log, kernel.log_path)
         with log_file:
@@ -318,6 +323,7 @@ class Kernels(LoggingConfigurable):
             context=self._context,
             name=kernel.kernel_id,
             on_reply=on_reply,
+            max_pending=max_pending,
             on_late=lambda: self._listeners.tell(ReplyLate(backend=kernel.backend, kernel_id=kernel.kernel_id)),
         )
         await kernel._connection.open()

@@ -23,6 +23,8 @@ from dspex_kernels.sessions.happenings import KernelRecycled, Listeners, Recycle
 from dspex_kernels.sessions.kernels import Kernel, Kernels
 from dspex_kernels.sessions.tasks import Tasks
 
+BESIDE_CALLS = 500
+"""Requests that may wait on a kernel beside the calls that have their turn: sessions that are opened and closed."""
 FIRST_PAUSE = 0.2
 """Seconds before a slot starts again after one kernel that died at once; doubled for each further one."""
 LONGEST_PAUSE = 30.0
@@ -231,8 +233,7 @@ class KernelPool(LoggingConfigurable):
         why = await self._kernels.why_sick(member.kernel)
         if why and not member.kernel.ending:
             self.log.warning("pool kernel %s is retired: %s", member.kernel_id, why)
-            hung = not why.startswith("a program")
-            self.retire(member, why, 0.0 if hung else self.drain_timeout)
+            self.retire(member, why, 0.0 if _is_hung(why) else self.drain_timeout)
 
     def figures(self) -> dict[str, Any]:
         """Numbers of kernels (``available`` ones serve), ``failed`` slots with why, bytes of memory."""
@@ -276,6 +277,7 @@ class KernelPool(LoggingConfigurable):
                 timeout=self._start_timeout,
                 died=self._died,
                 on_reply=self.on_reply,
+                max_pending=self.max_calls_per_kernel + BESIDE_CALLS,
             )
             slot.serving = PoolKernel(kernel, slot.number)
             self._last_failure = None
@@ -357,10 +359,16 @@ class KernelPool(LoggingConfigurable):
         """Look at each kernel now and then, and recycle those that are due."""
         while True:
             await asyncio.sleep(self.look_interval)
-            await asyncio.gather(*(self._look_at(member) for member in self.serving))
+            await asyncio.gather(*(self._look_at(member) for member in self.members))
 
     async def _look_at(self, member: PoolKernel) -> None:
         why = await self._kernels.why_sick(member.kernel)
+        if member.retiring:
+            if why and _is_hung(why) and not member.kernel.ending:
+                # It was retired for another reason, or before that was known: nothing that runs there will end.
+                self.log.warning("pool kernel %s is killed: %s", member.kernel_id, why)
+                await self._kernels.kill(member.kernel)
+            return
         if why:
             await self.suspect(member)
             return
@@ -384,6 +392,11 @@ class KernelPool(LoggingConfigurable):
     def _signal(self) -> None:
         """Wake whoever waits for a kernel."""
         self._change.set()
+
+
+def _is_hung(why: str) -> bool:
+    """Whether a kernel is sick as a whole, and not one program of it."""
+    return not why.startswith("a program")
 
 
 def _was_clean(how: str) -> bool:

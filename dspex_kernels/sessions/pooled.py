@@ -127,6 +127,7 @@ class PooledBackend(SessionBackend):
             finally:
                 if record.session_id not in self._rooms:
                     member.sessions -= 1
+                    self._tasks.spawn(self._close_behind(record.session_id, member))
 
     async def call(self, session_id: str, call: Call) -> dict[str, Any]:
         room = self._rooms.get(session_id)
@@ -225,17 +226,18 @@ class PooledBackend(SessionBackend):
         if room.member.sessions <= CROWDED_RATIO * fewest + CROWDED_BY:
             return
         self._leave(room, "it moved to a kernel with fewer sessions")
-        self._tasks.spawn(self._close_behind(room))
+        self._tasks.spawn(self._close_behind(room.session_id, room.member))
         raise PlaceGone(room.session_id)
 
-    async def _close_behind(self, room: _Room) -> None:
-        """Drop the namespace that a session has left; its replies have told all there was."""
+    async def _close_behind(self, session_id: str, member: PoolKernel) -> None:
+        """Drop the namespace that a session has left, or did not come to use; its replies have told all there was.
+
+        Sent before the session can be opened there again: the connection keeps the order.
+        """
         try:
-            await room.member.kernel.connection.request(
-                "close_session", session_id=room.session_id, timeout=CLOSE_TIMEOUT
-            )
+            await member.kernel.connection.request("close_session", session_id=session_id, timeout=CLOSE_TIMEOUT)
         except errors.DSPexError as failure:
-            self.log.debug("session %s: the kernel it left did not drop it: %s", room.session_id, failure)
+            self.log.debug("session %s: the kernel it left did not drop it: %s", session_id, failure)
 
     async def _until_gone(self, room: _Room, call: Call, deadline: float) -> None:
         """Wait until a session that leaves its kernel has left.

@@ -1,4 +1,4 @@
-"""A kernel's process without DSPy in it: it says what it is, answers pings, and ends. Starts in a third of the time."""
+"""A kernel process without DSPy: it says what it is, answers pings, and ends. Starts in a third of the time."""
 
 from __future__ import annotations
 

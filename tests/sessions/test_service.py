@@ -909,7 +909,7 @@ class TestFetchingResults:
                     await service.fetch_result("s", "mine")
                 service.memory.answering.set()
                 await wait_until(lambda: not service.memory.late, what="the late reply")
-                await session.list_programs()
+                await session.create_program("next", "question -> answer")  # durable later than the late one
                 assert (await service.fetch_result("s", "mine"))["program_id"] == "qa"
 
         run(work())

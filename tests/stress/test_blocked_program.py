@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.waiting import wait_until
 KERNELS = 2
 NEIGHBOURS = 8
 """In the pool, beside the session whose program blocks; in the dedicated backend, each with a kernel, fewer."""
-ROUNDS = figures.scaled(3)
+ROUNDS = figures.scaled(2)
 """How often a program blocks."""
 BLOCKED_TIMEOUT = 1.0
 """Seconds that the blocking call has."""
@@ -37,6 +38,8 @@ class Neighbours:
         self.outcomes: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         """Calls that went well, by session."""
+        self.longest = 0.0
+        """Seconds that a call took at most."""
 
     @contextlib.asynccontextmanager
     async def asking(self) -> AsyncIterator[None]:
@@ -51,6 +54,7 @@ class Neighbours:
 
     async def _keep_asking(self, session: ServiceSession, over: asyncio.Event) -> None:
         while not over.is_set():
+            began = time.monotonic()
             try:
                 told = await session.call("get_program", {"program_id": "qa"}, timeout=30)
                 assert told["instructions"] == f"Answer for {session.session_id}."
@@ -60,6 +64,7 @@ class Neighbours:
             else:
                 self.outcomes["ok"] += 1
                 self.answered[session.session_id] += 1
+            self.longest = max(self.longest, time.monotonic() - began)
 
     async def until_answered(self, times: int = 3) -> None:
         """Return when each was answered so many times more."""
@@ -148,35 +153,47 @@ def test_a_program_that_blocks_its_thread_costs_its_neighbours_nothing(backend, 
 
 @pytest.mark.stress
 @pytest.mark.timeout(figures.TIMEOUT + 60)
-@pytest.mark.parametrize("module", ["hangs", "grips"])
 @pytest.mark.parametrize("backend", ["pooled", "dedicated"])
-def test_after_a_program_that_blocks_its_kernel_all_sessions_come_back(backend, module, tmp_path, fifo):
+def test_after_a_program_that_blocks_its_kernel_all_sessions_come_back(backend, tmp_path, fifo):
     async def work() -> None:
         async with started(tmp_path, backend, kernels=KERNELS) as service:
             blocked = await make(service, "blocked")
-            await blocked.create_program("blocked", module=module, module_args={"fifo": str(fifo)})
-            number = NEIGHBOURS if backend == "pooled" else 1
-            sessions = [await make(service, f"neighbour-{n}") for n in range(number)]
-            pid = await pid_of(blocked)
-            near = Neighbours([session for session in sessions if await pid_of(session) == pid])
-            far = Neighbours([session for session in sessions if session not in near.sessions])
-            assert bool(near.sessions) == (backend == "pooled")
-            async with far.asking(), near.asking():
-                await far.until_answered()
-                await near.until_answered()
-                code = await block(blocked, fifo)
-                await until_gone(service, pid)
-                await ask(blocked)
-                assert await pid_of(blocked) != pid
-                await far.until_answered()
-                await near.until_answered()
-                if backend == "pooled":
-                    await until_whole(service, KERNELS)
-            figures.tell(
-                f"blocked kernel ({module}), {backend}", code=code, near=dict(near.outcomes), far=dict(far.outcomes)
-            )
+            sessions = [await make(service, f"neighbour-{n}") for n in range(NEIGHBOURS if backend == "pooled" else 1)]
+            for module in ("hangs", "grips"):
+                await blocked.create_program("blocked", module=module, module_args={"fifo": str(fifo)}, replace=True)
+                await come_back(service, blocked, sessions, backend, module, fifo)
+
+    async def come_back(
+        service: SessionService,
+        blocked: ServiceSession,
+        sessions: list[ServiceSession],
+        backend: str,
+        module: str,
+        fifo: Path,
+    ) -> None:
+        pid = await pid_of(blocked)
+        near = Neighbours([session for session in sessions if await pid_of(session) == pid])
+        far = Neighbours([session for session in sessions if session not in near.sessions])
+        async with far.asking(), near.asking():
+            await far.until_answered()
+            await near.until_answered()
+            code = await block(blocked, fifo)
+            await until_gone(service, pid)
+            await ask(blocked)
+            assert await pid_of(blocked) != pid
+            await far.until_answered()
+            await near.until_answered()
+            if backend == "pooled":
+                await until_whole(service, KERNELS)
+        figures.tell(
+            f"blocked kernel ({module}), {backend}",
+            code=code,
+            near=dict(near.outcomes),
+            far=dict(far.outcomes),
+            near_s_max=near.longest,
+        )
         assert code in {"timeout", "kernel_died"}
-        assert near.outcomes.keys() <= {"ok", "timeout", "kernel_died"}
-        assert far.outcomes.keys() == {"ok"}
+        assert near.outcomes.keys() <= {"ok", "kernel_died"}, "its kernel was not ended before their calls were over"
+        assert far.outcomes.keys() <= {"ok"}
 
     asyncio.run(work())

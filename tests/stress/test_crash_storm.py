@@ -44,7 +44,7 @@ CALL_TIMEOUT = 60.0
 """Seconds for a call: with it comes its answer, whatever dies."""
 LATE = 10.0
 """Seconds after that from when a call counts as unanswered."""
-LATENCY = {"pooled": 0.3, "dedicated": 1.0}
+LATENCY = {"pooled": 0.3, "dedicated": 2.0}
 """Seconds that the LM server thinks: requests are open at any moment, and two cores are enough for the rest."""
 NONCE = re.compile(r"storm-\d+-\d+")
 
@@ -251,7 +251,8 @@ class Storm:
         async with asyncio.TaskGroup() as group:
             for kind, kill in (("requesting", self._kill_requesting), ("written", self._kill_written)):
                 group.create_task(self._repeat(kill, lambda kind=kind: self.kills[kind] >= KILLS_OF_A_KIND))
-            group.create_task(self._repeat(self._kill_any, lambda: self.kills.total() >= KILLS))
+            others = KILLS - 2 * KILLS_OF_A_KIND
+            group.create_task(self._repeat(self._kill_any, lambda: self.kills["any"] >= others))
 
     async def _repeat(self, kill: Callable[[], Awaitable[None]], is_enough: Callable[[], bool]) -> None:
         while not is_enough():
