@@ -15,6 +15,7 @@ What people ask and what is answered is not in the spans, unless ``DSPEX_TRACE_C
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -31,6 +32,8 @@ MAX_CONTENT = 8192
 """Characters of one content in a span; the rest is cut."""
 
 _API_MODULE = "opentelemetry.trace"
+
+log = logging.getLogger(__name__)  # not of ``logs``, which stands in the same layer
 
 
 class Span:
@@ -78,7 +81,8 @@ def of_call(command: str, *, session_id: str, backend: str, request_id: str | No
     if trace is None:
         return NO_SPAN
     told = {"command": command, "session_id": session_id, "backend": backend, "request_id": request_id}
-    return _Recorded(trace, "dspex.call", trace.SpanKind.CLIENT, {f"dspex.{name}": told[name] for name in told})
+    facts = {f"dspex.{name}": told[name] for name in told}
+    return _recorded(lambda: _Recorded(trace, "dspex.call", trace.SpanKind.CLIENT, facts))
 
 
 def of_command(
@@ -97,9 +101,13 @@ def of_command(
     if trace is None:
         return NO_SPAN
     told = {"command": command, "session_id": session_id, "kernel_id": kernel_id, "request_id": request_id}
-    above = _propagator().extract({"traceparent": traceparent}) if traceparent else None
     facts = {f"dspex.{name}": told[name] for name in told}
-    return _Recorded(trace, "dspex.command", trace.SpanKind.SERVER, facts, above=above)
+
+    def record() -> _Recorded:
+        above = _propagator().extract({"traceparent": traceparent}) if traceparent else None
+        return _Recorded(trace, "dspex.command", trace.SpanKind.SERVER, facts, above=above)
+
+    return _recorded(record)
 
 
 def of_lm_request(model: str, *, provider: str | None, attempt: int, call: Span = NO_SPAN) -> Span:
@@ -117,10 +125,14 @@ def of_lm_request(model: str, *, provider: str | None, attempt: int, call: Span 
     if trace is None:
         return NO_SPAN
     facts = {"gen_ai.request.model": model, "gen_ai.provider.name": provider, "dspex.attempt": attempt}
-    above = None
-    if isinstance(call, _Recorded) and not trace.get_current_span().get_span_context().is_valid:
-        above = trace.set_span_in_context(call.span)
-    return _Recorded(trace, "dspex.lm_request", trace.SpanKind.CLIENT, facts, above=above, current=False)
+
+    def record() -> _Recorded:
+        above = None
+        if isinstance(call, _Recorded) and not trace.get_current_span().get_span_context().is_valid:
+            above = trace.set_span_in_context(call.span)
+        return _Recorded(trace, "dspex.lm_request", trace.SpanKind.CLIENT, facts, above=above, current=False)
+
+    return _recorded(record)
 
 
 def traceparent() -> str | None:
@@ -186,7 +198,10 @@ class _Recorded(Span):
             self.tell_outcome("ok" if failure is None else _name_of(failure))
         if self._open is not None:
             self._open.__exit__(None, None, None)
-        self.span.end()
+        try:
+            self.span.end()
+        except Exception:  # the process's own span processor: it must not cost an answer
+            log.warning("a span did not end", exc_info=True)
 
     def tell(self, name: str, value: str | int | float | bool | None) -> None:
         if value is not None:
@@ -202,6 +217,15 @@ class _Recorded(Span):
         if outcome != "ok":
             self.tell("error.type", outcome)
             self.span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, outcome))
+
+
+def _recorded(record: Callable[[], _Recorded]) -> Span:
+    """A span that is recorded; nothing where the process's sampler or span processor fails: the call goes on."""
+    try:
+        return record()
+    except Exception:
+        log.warning("a span did not begin: nothing is recorded", exc_info=True)
+        return NO_SPAN
 
 
 def _api() -> ModuleType | None:

@@ -329,6 +329,7 @@ class TestTheStore:
         asyncio.run(fill())
         code, out, _ = run_cli("store", "backup", str(copy), f"--store={store}")
         assert (code, out.startswith(f"{copy}: 1 sessions")) == (0, True)
+        assert out.endswith(f" SessionService.store_url to sqlite:///{copy}\n")
 
         async def read() -> SessionRecord:
             async with SQLStore(f"sqlite:///{copy}") as opened:
@@ -356,6 +357,15 @@ class TestTheStore:
                 return Vault([new]).open("s", await opened.get_secret("s") or b"")
 
         assert asyncio.run(read()) == "sk-test"
+
+    @pytest.mark.parametrize("given", [(), ("--store={}/none.sqlite",), ("--store=sqlite:///{}/none.sqlite",)])
+    def test_a_store_that_is_not_there_is_not_made_to_be_copied(self, run_cli, tmp_path, monkeypatch, given):
+        monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+        options = [option.format(tmp_path) for option in given]
+        code, out, err = run_cli("store", "backup", str(tmp_path / "copy.sqlite"), *options)
+        assert (code, out) == (1, "")
+        assert err.startswith("store_error: there is no store /")
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("argv", [(), ("backup",), ("copy", "x"), ("rotate-keys", "x")])
     def test_an_action_that_is_not_one_is_refused_with_those_there_are(self, run_cli, argv):

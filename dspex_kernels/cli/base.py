@@ -235,13 +235,16 @@ def store_url(given: str, settings: Config, *, may_create: bool = False) -> str:
     from dspex_kernels.sessions.store import default_store_url
 
     if not given:
-        return str(settings.get("SessionService", {}).get("store_url") or default_store_url())
-    if "://" in given:
-        return given
-    path = Path(given).absolute()
-    if not may_create and not path.exists():
-        raise errors.StoreError(f"there is no store {path}: give --store=FILE or --store=URL")
-    return f"sqlite:///{path}"
+        url = str(settings.get("SessionService", {}).get("store_url") or default_store_url())
+    else:
+        url = given if "://" in given else f"sqlite:///{Path(given).absolute()}"
+    # An empty new store would be listed, and backed up, as if all were well.
+    scheme, _, file = url.partition(":///")
+    if scheme == "sqlite" and not may_create and not file.startswith(("file:", ":memory:")):
+        path = Path(file.partition("?")[0])
+        if not path.exists():
+            raise errors.StoreError(f"there is no store {path}: give --store=FILE or --store=URL")
+    return url
 
 
 def say(text: str = "") -> None:

@@ -53,7 +53,7 @@ class StoreApp(Subcommand):
 async def _backup(store: SessionStore, path: Path) -> str:
     sessions = await store.count()
     await store.backup(path)
-    return f"{path}: {sessions} sessions; to use it, name it as SessionService.store_url"
+    return f"{path}: {sessions} sessions; to use it, set SessionService.store_url to sqlite:///{path.absolute()}"
 
 
 async def _rotate(store: SessionStore) -> str:

@@ -67,6 +67,15 @@ class DSPexKernelApp(IPKernelApp):
             self.exit(1)
         logs.install(find=self._named_call)
 
+    def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> int:
+        """Called with each socket before it is bound: no reply is dropped because its reader is slow."""
+        if s.socket_type == zmq.ROUTER:
+            # By default a ROUTER drops in silence what exceeds 1000 messages to a peer: of 9000 commands of a client
+            # that did not read meanwhile, 2500 were never answered.
+            s.sndhwm = 0
+        bound: int = super()._bind_socket(s, port)
+        return bound
+
     def init_iopub(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Called with the other sockets: from the first subscription on, count who listens."""
         # Swapped for this moment: replaced later, the thread would have seen subscriptions that nobody counted.

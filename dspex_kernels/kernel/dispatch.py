@@ -182,6 +182,7 @@ class Dispatcher:
         self._tasks: dict[asyncio.Task[None], Call] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._next_beat: asyncio.TimerHandle | None = None
+        """When running calls are looked at next; None while none runs."""
         self._writing_spent: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -297,7 +298,8 @@ class Dispatcher:
             return {}
         with self._lock:
             namespaces = {call.namespace.session_id: call.namespace for call in self._running.values()}
-        told = {session_id: namespace.untold_spent() for session_id, namespace in namespaces.items()}
+            # Under the lock: a reply that leaves meanwhile would tell the same, or be taken back by older totals.
+            told = {session_id: namespace.untold_spent() for session_id, namespace in namespaces.items()}
         return {session_id: spent for session_id, spent in told.items() if spent is not None}
 
     def cancel(self, namespace: Namespace, request_id: str, reason: errors.DSPexError) -> bool:
@@ -386,7 +388,6 @@ class Dispatcher:
     # Below: on the command loop.
 
     def _begin(self) -> None:
-        self._beat()
         if self.identity.session_id is not None:  # a pooled kernel tells its service
             self._writing_spent = self.loop.create_task(self._write_spent())
 
@@ -471,6 +472,8 @@ class Dispatcher:
         task = self.loop.create_task(self._watch(ask, request, command, args, call), context=ask.context)
         self._tasks[task] = call
         task.add_done_callback(lambda ended: self._tasks.pop(ended, None))
+        if self._next_beat is None:
+            self._next_beat = self.loop.call_later(self.heartbeat_interval / 4, self._beat)
 
     async def _watch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:
         about = {"session_id": call.namespace.session_id, "kernel_id": self.identity.kernel_id}
@@ -557,10 +560,10 @@ class Dispatcher:
                 content["changes"] = self._carried(call)
         ask.reply(content)
 
-    @staticmethod
-    def _carried(call: Call) -> list[dict[str, Any]]:
+    def _carried(self, call: Call) -> list[dict[str, Any]]:
         """What a pooled kernel's reply carries to the store: the call's changes, and its session's totals."""
-        spent = call.namespace.untold_spent()
+        with self._lock:
+            spent = call.namespace.untold_spent()
         changes = [*call.changes, spent] if spent is not None else call.changes
         return [change.model_dump(mode="json") for change in changes]
 
@@ -584,8 +587,9 @@ class Dispatcher:
         }
 
     def _beat(self) -> None:
-        # First: an event that cannot be sent must not end the series.
-        self._next_beat = self.loop.call_later(self.heartbeat_interval / 4, self._beat)
+        # None without calls: an idle kernel wakes for nothing. First: an event that cannot be sent must not end it.
+        again = bool(self._tasks)
+        self._next_beat = self.loop.call_later(self.heartbeat_interval / 4, self._beat) if again else None
         now = time.monotonic()
         for call in list(self._running.values()):
             if now - call.last_event_at >= self.heartbeat_interval:

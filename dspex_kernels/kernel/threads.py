@@ -142,6 +142,7 @@ class Threads:
                 if lane.waiting is None:
                     lane.waiting = deque()
                 lane.waiting.append(work)
+                work.future.add_done_callback(partial(self._leave, lane))
                 if lane.running < lane.limit and lane not in self._waiting:
                     if not self._waiting:
                         log.warning("all %d threads are busy: programs wait for one", self._limit)
@@ -157,6 +158,16 @@ class Threads:
             self._waiting.pop(lane, None)
         for work in taken_out:
             work.future.cancel()
+
+    def _leave(self, lane: Lane, future: Future[Any]) -> None:
+        """Called when work that waited has its end: cancelled work leaves the line, with all that it holds."""
+        if not future.cancelled():  # else: also called under the lock
+            return
+        with self._lock:
+            left = [work for work in lane.waiting or () if work.future is not future]
+            lane.waiting = deque(left) or None
+            if not left:
+                self._waiting.pop(lane, None)
 
     # Below: under the lock, but for ``_serve``.
 

@@ -10,8 +10,9 @@ kernel, and is killed at once. Nothing is polled: a dying kernel's children are 
 sent (``exit_notify`` in Linux's ``kernel/exit.c``), and a killed orphan's own children come with its SIGCHLD.
 
 The service's end is seen twice: by the end of the socket, and by a pidfd, since a process that the service forked
-may hold a copy of the socket. The service's lock is let go of last: a free lock means that all is gone. A guardian
-that is itself killed takes its kernels along (PR_SET_PDEATHSIG); their descendants are the sweep's.
+may hold a copy of the socket. The service's locks are let go of last: a free lock means that all is gone. A service
+that lives on keeps them. A guardian that is itself killed takes its kernels along (PR_SET_PDEATHSIG); what they
+started is ended by the service, or by the next one's sweep.
 
 What is to be removed at the service's end stands in the service's directory, one record a launch. It is written
 before the kernel's program runs, so that what a killed guardian leaves is known.
@@ -50,6 +51,8 @@ RECORD_SUFFIX = ".json"
 PART_SUFFIX = ".part"
 END_TIMEOUT = 10.0
 """Seconds after which the guardian gives up on a process that cannot be killed (waiting for a dead disk)."""
+GONE_TIMEOUT = 1.0
+"""Seconds for a service whose end of the socket is closed to be gone: a process closes its files before it ends."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
@@ -92,6 +95,7 @@ class Guardian:
         self._launched: dict[int, Launched] = {}
         self._records = dict(read_records(directory))
         self._serving = True
+        self._asked = False
         self._refused: set[int] = set()
         self._woken, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -102,13 +106,14 @@ class Guardian:
         self._watch(service, self._leave)
         self._watch(self._woken, self._reap)
 
-    def serve(self) -> None:
-        """Do what the service asks, until it asks for the end or is gone."""
+    def serve(self) -> bool:
+        """Do what the service asks, until it asks for the end or is gone. Whether it asked."""
         while self._serving:
             for descriptor, _ in self._poll.poll():
                 reader = self._readers.get(descriptor)
                 if reader is not None:
                     reader()
+        return self._asked
 
     def end(self) -> bool:
         """Kill everything below us. False when something would not die within ``END_TIMEOUT``."""
@@ -174,8 +179,8 @@ class Guardian:
             self._remember(key, request["paths"])
         elif operation == "forget":
             self._forget(key)
-        else:
-            self._serving = False  # "stop"
+        else:  # "stop"
+            self._asked, self._serving = True, False
 
     def _tell(self, **message: Any) -> None:
         data = json.dumps(message).encode()
@@ -429,13 +434,27 @@ def read_records(directory: str) -> list[tuple[str, dict[str, Any]]]:
         if name.endswith(RECORD_SUFFIX):
             with open(f"{directory}/{name}", "rb") as file:
                 text = file.read()
-            try:
-                record = json.loads(text)
-            except ValueError:  # the machine went down before it was on disk: no process of it is left
+            record = parse_record(text)
+            if record is None:  # the machine went down before it was on disk: no process of it is left
                 complain(f"{directory}/{name} is damaged: what it named is not removed")
                 record = {"pid": 0, "start_time": None, "boot_id": "", "paths": []}
             records.append((name.removesuffix(RECORD_SUFFIX), record))
     return records
+
+
+def parse_record(text: bytes) -> dict[str, Any] | None:
+    """A launch's record; None when it is none."""
+    try:
+        record = json.loads(text)
+        began = record["start_time"]
+        return {
+            "pid": int(record["pid"]),
+            "start_time": None if began is None else int(began),
+            "boot_id": str(record["boot_id"]),
+            "paths": [os.fspath(path) for path in record["paths"]],
+        }
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def bury(directory: str) -> None:
@@ -476,7 +495,7 @@ def main(directory: str, descriptor: int, service_pid: int, *locks: int) -> None
         directory: Its directory.
         descriptor: The socket to it.
         service_pid: Its process: our parent.
-        locks: Open files that it has locked (flock), and that we let go of last.
+        locks: Open files that it has locked (flock); where it is gone, they are unlocked last of all.
     """
     for inherited in (descriptor, *locks):
         os.set_inheritable(inherited, False)
@@ -485,11 +504,23 @@ def main(directory: str, descriptor: int, service_pid: int, *locks: int) -> None
         signal.signal(signum, signal.SIG_IGN)
     os.chdir("/")
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    if os.getppid() == service_pid:  # else it is gone already
-        guardian = Guardian(socket.socket(fileno=descriptor), os.pidfd_open(service_pid), directory)
-        guardian.serve()
+    service, is_asked = open_parent(service_pid), False
+    if service is not None:
+        guardian = Guardian(socket.socket(fileno=descriptor), service, directory)
+        is_asked = guardian.serve()
         if not guardian.end():
             return
     bury(directory)
-    for lock in locks:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # not only closed: a process that the service forked may hold it open
+    # A service that lives may have more to do under its locks, and lets go of them itself.
+    if service is None or select.select([service], [], [], 0.0 if is_asked else GONE_TIMEOUT)[0]:
+        for lock in locks:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # not only closed: a process that the service forked may hold it open
+
+
+def open_parent(pid: int) -> int | None:
+    """A pidfd of our parent; None when that is another by now."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    return descriptor if os.getppid() == pid else None  # looked at after opening, so it is our parent's

@@ -199,13 +199,14 @@ class Guardian:
     Args:
         service_id: Every kernel gets it as ``DSPEX_SERVICE_ID``; a file name.
         services: Where services have their directories. What dead ones left there is ended first.
-        lease: One more open file that the service has locked (``flock``), beside the lock in its directory: both
-            are free when the service and all its kernels are gone. None is none.
+        lease: One more open file that the service has locked (``flock``), beside the lock in its directory: however
+            the service ends, both are free only when it and all its kernels are gone. ``stop`` leaves this one to
+            the service. None is none.
 
     Attributes:
         directory: The service's own: lock and records. Removed at the end.
-        ready: Done when the first guardian process is started. Fails with StoreError when the disk refuses, or a
-            living service has this id.
+        ready: Done when what dead services left is ended, and processes can be launched. Fails with StoreError when
+            the disk refuses, or a living service has this id.
     """
 
     def __init__(self, service_id: str, services: Path, lease: int | None = None) -> None:
@@ -300,7 +301,7 @@ class Guardian:
         self._put(_Request({"do": operation, "key": key, **arguments}))
 
     def stop(self) -> Future[None]:
-        """End all processes, remove all paths and the directory, free the lock. Asking twice is fine."""
+        """End all processes, remove all paths, and the directory with its lock. Asking twice is fine."""
         with self._guard:
             if not self._stopping:
                 self._stopping = True
@@ -333,11 +334,15 @@ class Guardian:
                 if self._stopping:
                     break
                 # Not before it is needed: a guardian that cannot live would be started over and over.
-                select.select([self._wakeup], [], [])
+                poll = select.poll()
+                poll.register(self._wakeup, select.POLLIN)
+                poll.poll()
             self._clear()
-        except BaseException as failure:
-            self._stopped.set_exception(failure)
-            raise
+        except Exception as failure:
+            _log.exception(
+                "service %s: the thread of its guardian broke; it starts no more kernels", self.service_id
+            )
+            self._give_up(failure)
 
     def _prepare(self) -> None:
         try:
@@ -461,18 +466,38 @@ class Guardian:
 
     def _clear(self) -> None:
         """After ``stop``: the guardian has done all this, unless it was lost just then."""
+        failure = self.ready.exception()
+        self._close(f"the service stops ({failure})" if failure else "the service stops")
+        if failure is None:
+            if self._end_rest() and self.directory.exists():
+                guardian.bury(str(self.directory))
+            fcntl.flock(self._locks[-1], fcntl.LOCK_UN)  # its own, of which a forked process may have a copy
+        self._free_locks()
+        self._stopped.set_result(None)
+
+    def _give_up(self, failure: Exception) -> None:
+        """After what must not happen: nobody may wait for this thread any more."""
+        why = f"its guardian's thread broke: {failure!r}"
+        self._close(why)
+        self._tell_all(why)
+        self._free_locks()
+        if not self.ready.done():
+            self.ready.set_exception(failure)
+        self._stopped.set_exception(failure)
+
+    def _close(self, why: str) -> None:
+        """Take no request any more, and refuse those that came."""
         with self._guard:
             self._stopping = True
-            os.close(self._wakeup)
-        failure = self.ready.exception()
-        self._refuse(self._queue, f"the service stops ({failure})" if failure else "the service stops")
-        if failure is None and self._end_rest() and self.directory.exists():
-            guardian.bury(str(self.directory))
-        for lock in self._locks:
-            if failure is None:
-                fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
-        self._stopped.set_result(None)
+            if self._wakeup >= 0:
+                os.close(self._wakeup)
+                self._wakeup = -1
+        self._refuse(self._queue, why)
+        self._queue.clear()
+
+    def _free_locks(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
 
 
 def _running() -> Future[Any]:

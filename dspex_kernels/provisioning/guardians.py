@@ -33,7 +33,7 @@ class Guardians:
         guardian = Guardian(service_id, services, lease)
         with self._lock:
             self._by_service = {key: value for key, value in self._by_service.items() if _works(value)}
-            self._by_service[service_id] = guardian
+            self._by_service.setdefault(service_id, guardian)  # one that works keeps its place: the other will fail
         return guardian
 
     def get(self, service_id: str) -> Guardian:

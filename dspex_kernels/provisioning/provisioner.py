@@ -68,8 +68,7 @@ class GuardedProvisioner(LocalProvisioner):
         Args:
             service_id: The provisioners' ``service_id``; a file name.
             services: Where services have their directories; made when it is not there.
-            lease: An open file that the service has locked (``flock``): free again when all is gone. None is none;
-                the lock in the service's directory tells the same.
+            lease: As ``Guardian`` takes it.
 
         Returns:
             The guardian. Its ``stop()`` is the orderly end. None where there can be none (``unsupported``).
@@ -80,7 +79,11 @@ class GuardedProvisioner(LocalProvisioner):
         if not _is_supported():
             return None
         guardian = _guardians.open(service_id, Path(services), lease)
-        await asyncio.wrap_future(guardian.ready)
+        try:
+            await asyncio.wrap_future(guardian.ready)
+        except BaseException:
+            guardian.stop()  # nobody else would
+            raise
         return guardian
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:

@@ -85,18 +85,31 @@ def sweep(services: Path) -> list[str]:
     Returns:
         The ids of the services of which nothing is left any more. What stands in the way of the others is logged,
         and the next sweep tries again.
+
+    Raises:
+        StoreError: The directory cannot be read.
     """
     swept = []
-    for directory in sorted(services.iterdir()) if services.is_dir() else ():
-        if directory.is_dir() and not directory.is_symlink():
-            try:
-                if _sweep_service(directory):
-                    swept.append(directory.name)
-            except (OSError, errors.StoreError):
-                _log.warning("what service %s left cannot be ended", directory.name, exc_info=True)
+    for directory in _directories(services):
+        try:
+            if _sweep_service(directory):
+                swept.append(directory.name)
+        except (OSError, errors.StoreError):
+            _log.warning("what service %s left cannot be ended", directory.name, exc_info=True)
     if swept:
         _log.info("ended what dead services left: %s", ", ".join(swept))
     return swept
+
+
+def _directories(services: Path) -> list[Path]:
+    try:
+        return sorted(path for path in services.iterdir() if path.is_dir() and not path.is_symlink())
+    except FileNotFoundError:
+        return []
+    except OSError as failure:
+        raise errors.StoreError(
+            f"the services' directory {services} cannot be read: {failure.strerror}; make it readable"
+        ) from failure
 
 
 def _sweep_service(directory: Path) -> bool:
@@ -130,7 +143,7 @@ def _recorded(directory: Path) -> set[tuple[int, int]]:
     found = set()
     for _, record in guardian.read_records(str(directory)):
         if record["boot_id"] == boot_id and record["start_time"] is not None:
-            found.add((int(record["pid"]), int(record["start_time"])))
+            found.add((record["pid"], record["start_time"]))
     return found
 
 

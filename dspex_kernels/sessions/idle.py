@@ -24,6 +24,8 @@ LOOK_TIMEOUT = 5.0
 
 def facts_of(live: LiveSession) -> Facts:
     """What is known of a session without asking its kernel."""
+    if live.status is not SessionStatus.READY:  # what was told of a kernel went with it
+        return Facts(live.status, live.last_activity, live.running)
     return Facts(live.status, live.last_activity, live.running, 0, live.clients, live.busy)
 
 
@@ -71,10 +73,12 @@ class IdleSessions:
             return None
         if not live.held:
             try:
-                # Another service may have used it meanwhile.
-                live.last_activity = max(live.last_activity, (await self._tenure.claim(session_id)).last_activity)
+                record = await self._tenure.claim(session_id)
             except (errors.SessionNotReady, errors.SessionNotFound):
                 return None
+            live.last_activity = max(live.last_activity, record.last_activity)
+            if live.opening is None and not live.held:  # else a call has come, which knows more by now
+                live.refresh(record)  # another service may have used it, and moved it, meanwhile
             live.held = True
         elif live.status is SessionStatus.READY and live.record.directory is not None:
             await self._ask_kernel(live)
@@ -103,6 +107,11 @@ class IdleSessions:
         try:
             told = await self._places.backend_of(live).call(live.session_id, Call("ping", {}, LOOK_TIMEOUT))
         except PlaceGone:  # it was lost just now: there is nothing to cull
+            return
+        except (
+            errors.CommandTimeout
+        ):  # a cell that holds the interpreter's lock, most likely: ``cull_busy`` decides
+            live.busy = True
             return
         live.busy = told["busy"]
         live.clients = told["clients"] or 0

@@ -16,11 +16,11 @@ import signal
 import subprocess
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zmq.asyncio
 from jupyter_client.kernelspec import NoSuchKernel
@@ -33,6 +33,7 @@ from traitlets.config import Config, LoggingConfigurable
 
 from dspex_kernels import config, errors
 from dspex_kernels.protocol.commands import Command
+from dspex_kernels.sessions import kernel_log
 from dspex_kernels.sessions.calls import ReplyListener
 from dspex_kernels.sessions.environment import kernel_environment
 from dspex_kernels.sessions.happenings import KernelDied, KernelStarted, Listeners, ReplyLate
@@ -41,8 +42,8 @@ from dspex_kernels.sessions.sizes import memory_bytes
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
 
-LOG_TAIL_BYTES = 4000
-"""How much of the log a failed start shows."""
+LOG_INTERVAL = 10.0
+"""Seconds between two looks at the sizes of the kernels' logs."""
 PROVISIONER = "dspex-guarded"
 """The entry point of the provisioner whose kernels end with their service, however it ends."""
 PING_TIMEOUT = 10.0
@@ -56,6 +57,10 @@ READ_AT_ONCE = 50
 """Kernels whose memory is read at a time: 20 us each."""
 SHUTDOWN_TIMEOUT = 15.0
 """Seconds for one kernel to end: Jupyter asks, terminates and kills within ten."""
+STOP_TIMEOUT = 30.0
+"""Seconds for all kernels that are being ended or started: the guardian answers each launch within that."""
+GUARDIAN_TIMEOUT = 20.0
+"""Seconds for the guardian to end: it gives up on what cannot be killed before that."""
 
 
 @dataclass(eq=False)
@@ -154,6 +159,7 @@ class Kernels(LoggingConfigurable):
         self._context: zmq.asyncio.Context | None = None
         self._multi: Any = None
         self._guardian: Any = None
+        self._cutting: asyncio.Task[None] | None = None
 
     async def start(self, tenure: Tenure | None = None, services: Path | None = None) -> None:
         """Make ready to start kernels.
@@ -179,6 +185,7 @@ class Kernels(LoggingConfigurable):
             kernel_manager_class=f"{GuardedKernelManager.__module__}.{GuardedKernelManager.__qualname__}",
             config=self._manager_config(tenure),
         )
+        self._cutting = asyncio.create_task(self._cut_logs())
 
     def _manager_config(self, tenure: Tenure | None) -> Config:
         settings = Config(self.config)
@@ -187,15 +194,43 @@ class Kernels(LoggingConfigurable):
         return settings
 
     async def stop(self) -> None:
-        """Wait until every kernel that was ended is gone; the backends end their own before."""
+        """Wait until every kernel that was ended is gone; the backends end their own before. Kill what is left."""
         try:
-            while running := self._tasks.running:
-                await asyncio.wait(running, timeout=SHUTDOWN_TIMEOUT)
+            if self._cutting is not None:
+                self._cutting.cancel()
+                await asyncio.wait({self._cutting})
+            await self._finish_tasks(STOP_TIMEOUT)
         finally:
             if self._context is not None:
                 self._context.destroy(linger=0)
             if self._guardian is not None:
-                await asyncio.wait({asyncio.wrap_future(self._guardian.stop())}, timeout=SHUTDOWN_TIMEOUT)
+                await self._stop_guardian()
+            await self._finish_tasks(0.0)
+
+    async def _finish_tasks(self, timeout: float) -> None:
+        """Wait for what is under way, and for what that begins; end what does not end by itself."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while (running := self._tasks.running) and (left := deadline - loop.time()) > 0:
+            await asyncio.wait(running, timeout=left)
+        if running := self._tasks.running:
+            self.log.warning("%d kernels did not end within %g s", len(running), timeout)
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running, timeout=SHUTDOWN_TIMEOUT)
+
+    async def _stop_guardian(self) -> None:
+        stopped = asyncio.wrap_future(self._guardian.stop())
+        await asyncio.wait({stopped}, timeout=GUARDIAN_TIMEOUT)
+        if not stopped.done():
+            self.log.warning("the kernels' guardian did not end within %g s", GUARDIAN_TIMEOUT)
+        elif (failure := stopped.exception()) is not None:
+            self.log.warning("the kernels' guardian broke: %s", failure)
+
+    async def _cut_logs(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_INTERVAL)
+            await asyncio.to_thread(kernel_log.cut_logs, [kernel.log_path for kernel in self._living.values()])
 
     async def start_kernel(
         self,
@@ -235,12 +270,13 @@ class Kernels(LoggingConfigurable):
                 async with asyncio.timeout(timeout):
                     await self._launch(kernel, env, on_reply, max_pending)
                     await kernel.connection.identify(timeout=timeout)
+                _check_alive(kernel)
+                kernel.ready = True  # from now on ``died`` tells
             except BaseException as failure:
                 failed = await self._start_failed(kernel, failure, timeout)
                 if failed is None:
                     raise
                 raise failed from failure
-        kernel.ready = True
         self._living[kernel.kernel_id] = kernel
         kernel.started_at = asyncio.get_running_loop().time()
         self._listeners.tell(
@@ -263,7 +299,8 @@ class Kernels(LoggingConfigurable):
 
     async def interrupt(self, kernel: Kernel) -> None:
         """Interrupt what a kernel runs, as Jupyter does."""
-        await self._multi.interrupt_kernel(kernel.kernel_id)
+        with contextlib.suppress(KeyError):  # it is gone already
+            await self._multi.interrupt_kernel(kernel.kernel_id)
 
     async def kill(self, kernel: Kernel) -> None:
         """Kill a kernel that will not end otherwise: it counts as died, and ``died`` is called."""
@@ -290,18 +327,22 @@ class Kernels(LoggingConfigurable):
             return f"it did not answer a ping within {PING_TIMEOUT:g} s"
         except errors.DSPexError:
             return ""  # it died, or is being ended: that is somebody else's to see
-        kernel.memory_bytes = told["memory_bytes"]
-        if told["lag_s"] > MAX_LAG:
-            return f"its command loop has not come round for {told['lag_s']:.1f} s"
-        if told["stuck"]:
-            return f"a program ignores its end ({told['stuck']} calls)"
+        try:
+            memory, lag, stuck = int(told["memory_bytes"]), float(told["lag_s"]), int(told["stuck"])
+        except (KeyError, TypeError, ValueError, OverflowError):  # its owner's code may have changed what it says
+            return "its answer to a ping cannot be read"
+        kernel.memory_bytes = memory
+        if lag > MAX_LAG:
+            return f"its command loop has not come round for {lag:.1f} s"
+        if stuck:
+            return f"a program ignores its end ({stuck} calls)"
         return ""
 
     async def _launch(
         self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None, max_pending: int
     ) -> None:
         """Start the process, watch it, and open the connection to it."""
-        log_file = await asyncio.to_thread(_open_log, kernel.log_path)
+        log_file = await asyncio.to_thread(kernel_log.open_log, kernel.log_path)
         with log_file:
             # Never cancelled halfway: Jupyter would lose sight of a process that runs already.
             await self._tasks.finish(
@@ -337,7 +378,7 @@ class Kernels(LoggingConfigurable):
         await self._tasks.finish(self._bury(kernel, now=True))
         if isinstance(failure, errors.NotADSPexKernel) or not isinstance(failure, Exception):
             return None
-        tail = await asyncio.to_thread(_log_tail, kernel.log_path)
+        tail = await asyncio.to_thread(kernel_log.read_tail, kernel.log_path)
         if kernel.death is not None:
             why = f"its process {kernel.death}"
         elif isinstance(failure, (TimeoutError, errors.CommandTimeout)):
@@ -379,8 +420,12 @@ class Kernels(LoggingConfigurable):
             kernel._unwatch.callback(task.cancel)
 
     async def _wait_for_end(self, kernel: Kernel, provisioner: Any) -> None:
-        code = await provisioner.wait()
-        self._died(kernel, _exit_by(code))
+        try:
+            how = _exit_by(await provisioner.wait())
+        except Exception:  # a provisioner may raise anything; a kernel that nobody watches would fail all its calls
+            self.log.exception("%s: kernel %s cannot be watched", kernel.whose, kernel.kernel_id)
+            how = "cannot be watched any more"
+        self._died(kernel, how)
 
     def _died(self, kernel: Kernel, how: str) -> None:
         """The kernel's process has ended, and nobody asked for it unless ``ending``."""
@@ -418,6 +463,12 @@ class Kernels(LoggingConfigurable):
                 link.unlink()
 
 
+def _check_alive(kernel: Kernel) -> None:
+    """Refuse a kernel that answered with its last breath: its end may be noticed before its answer is looked at."""
+    if kernel.death is not None:
+        raise _kernel_died(kernel, None)
+
+
 def _kernel_died(kernel: Kernel, row: Command | None) -> errors.KernelDied:
     command = row.name if row is not None else "kernel_info"
     return errors.KernelDied(
@@ -443,7 +494,12 @@ def _exit_by(code: int | None) -> str:
     """How a process ended, by its exit code; negative for a signal."""
     if code is None:
         return "ended"
-    return f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # most of the real-time signals have no name
+        return f"was killed by signal {-code}"
 
 
 async def _open_guardian(tenure: Tenure, services: Path) -> Any:
@@ -460,33 +516,9 @@ async def _open_guardian(tenure: Tenure, services: Path) -> Any:
     return await provisioner.open_guardian(tenure.service_id, services, lease=tenure.lock)
 
 
-def _open_log(path: Path) -> IO[bytes]:
-    """A fresh log for a kernel (0600); the last kernel's is kept beside it."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        path.replace(path.with_name(f"{path.name}.1"))
-    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_EXCL, 0o600)
-    return os.fdopen(descriptor, "wb", buffering=0)
-
-
 def _link(link: Path, connection_file: str) -> None:
     """Point the link to this connection file; the one it pointed to is a dead kernel's whose service died too."""
     if link.is_symlink():
         link.readlink().unlink(missing_ok=True)
         link.unlink()
     link.symlink_to(connection_file)
-
-
-def _log_tail(path: Path) -> str:
-    """The last lines of a log; "" when there is none."""
-    try:
-        with path.open("rb") as log:  # it may be of any size
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-            text = log.read(LOG_TAIL_BYTES).decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(_nonempty(text)).strip()
-
-
-def _nonempty(text: str) -> Iterator[str]:
-    return (line.rstrip() for line in text.splitlines() if line.strip())

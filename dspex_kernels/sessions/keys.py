@@ -41,9 +41,12 @@ class Keys:
             live.lm_with_key = profile if profile is not None and profile.api_key is not None else None
         else:
             return
-        if self._vault is None or (had is None and live.lm_with_key is None and not live.sealed):
+        if had is None and live.lm_with_key is None and not live.sealed:
             return
-        token = self._seal(live.session_id, live.lm_with_key) if live.lm_with_key is not None else None
+        # Without a vault too: a key that was sealed when there was one must not come back in place of this one.
+        token = None
+        if self._vault is not None and live.lm_with_key is not None:
+            token = self._seal(live.session_id, live.lm_with_key)
         await self._store.set_secret(live.session_id, token)
         live.sealed = token is not None
 

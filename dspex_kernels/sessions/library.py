@@ -158,6 +158,8 @@ class Library:
         """Moves made here: what was read before one may be older than it."""
         self._looking = asyncio.Lock()
         """One look at the store at a time: who waited finds what the one before found."""
+        self._reading = asyncio.Lock()
+        """One read of a record at a time: those who want the same one at once find it kept."""
         self._records: OrderedDict[tuple[str, int], tuple[dict[str, Any], int]] = OrderedDict()
         """Published records as JSON, with their size in bytes; the last used last."""
         self._kept_bytes = 0
@@ -260,11 +262,16 @@ class Library:
         return self._targets.get(reference)
 
     async def look(self, reference: str) -> None:
-        """Come to know where an alias points.
+        """Come to know where an alias points that somebody follows; one that is gone is logged once.
 
         Raises:
             StoreError: The store cannot be asked, and what it told of the alias before does not stand any more.
         """
+        await self._look(reference)
+        if self.target(reference) is None:
+            self._tell_gone(reference)
+
+    async def _look(self, reference: str) -> None:
         async with self._looking:
             while not self.knows(reference):
                 moves = self._moves
@@ -293,7 +300,7 @@ class Library:
         if meant.version is not None:
             return meant, meant.version
         if not self.knows(reference):
-            await self.look(reference)
+            await self._look(reference)
         version = self.target(reference)
         if version is None:
             raise errors.ProgramNotFound(
@@ -305,20 +312,25 @@ class Library:
     async def get_record(self, name: str, version: int) -> dict[str, Any]:
         """A published record as JSON; it is shared, so it must not be changed.
 
+        A version never changes. One that another service has unpublished may still be told from memory.
+
         Raises:
             ProgramNotFound: There is no such version.
         """
         key = (name, version)
-        if key in self._records:
-            self._records.move_to_end(key)
-            return self._records[key][0]
-        record = (await self._store.library_entry(name, version)).record.model_dump(mode="json")
-        self._keep_record(key, record)
-        return record
+        if key not in self._records:
+            async with self._reading:
+                if key not in self._records:
+                    record = (await self._store.library_entry(name, version)).record.model_dump(mode="json")
+                    self._keep_record(key, record)
+                    return record
+        self._records.move_to_end(key)
+        return self._records[key][0]
 
     def lose(self, reference: str) -> None:
         """Take an alias for gone, until the store tells otherwise: its version is not there."""
         self._note(reference, None)
+        self._tell_gone(reference)
 
     async def _find(self, reference: str) -> int | None:
         try:
@@ -336,13 +348,16 @@ class Library:
 
     def _note(self, reference: str, version: int | None) -> None:
         self._targets[reference] = version
-        if len(self._gone) >= MAX_KNOWN:
-            self._gone.clear()
         if version is not None:
             self._gone.discard(reference)
-        elif reference not in self._gone:
-            self._log.warning("the library has no %s any more: what follows it stays as it is", reference)
-            self._gone.add(reference)
+
+    def _tell_gone(self, reference: str) -> None:
+        if reference in self._gone:
+            return
+        if len(self._gone) >= MAX_KNOWN:
+            self._gone.clear()
+        self._log.warning("the library has no %s any more: what follows it stays as it is", reference)
+        self._gone.add(reference)
 
     def _moved(self, target: AliasTarget) -> AliasInfo:
         self._moves += 1
@@ -375,10 +390,13 @@ def _publishable(record: ProgramRecord | Mapping[str, Any], name: str) -> Progra
     check_name(name)
     try:
         found = record if isinstance(record, ProgramRecord) else ProgramRecord.model_validate(dict(record))
-        # NaN and the like are no JSON: what the store would refuse is refused by it.
         size = len(orjson.dumps(found.model_dump(mode="json")))
     except ValidationError as failure:
         raise errors.InvalidRecord(f"no program record: {first_problem(failure)}") from None  # it quotes values
+    except (TypeError, ValueError, RecursionError) as failure:  # numbers and texts that no message carries
+        raise errors.InvalidRecord(
+            f"no program record: it is not JSON: {str(failure)[:200]}"
+        ) from None  # the cause may quote values
     if not found.portable:
         raise errors.NotPortable(
             f"program {found.program_id!r} lives in its notebook's kernel only, so it cannot be published: "

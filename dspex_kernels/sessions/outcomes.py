@@ -159,7 +159,7 @@ class Outcomes:
             raise _not_found(session_id, request_id)
         if isinstance(call.outcome, errors.DSPexError):
             raise copy.copy(call.outcome)  # each raising of one would add to its traceback
-        result: dict[str, Any] = orjson.loads(call.outcome)
+        result: dict[str, Any] = json.loads(call.outcome)  # not orjson: see ``_copied``
         return result
 
     def forget(self, session_id: str) -> None:
@@ -211,7 +211,10 @@ class Outcomes:
 def _copied(outcome: Mapping[str, Any] | errors.DSPexError) -> tuple[bytes | errors.DSPexError, int]:
     """A copy that nobody else changes, and its bytes as JSON."""
     if not isinstance(outcome, errors.DSPexError):
-        data = orjson.dumps(outcome)  # the kernel has checked that it is JSON
+        try:
+            data = orjson.dumps(outcome)  # the kernel has checked that it is such JSON
+        except TypeError:  # but its owner's code may have answered in its place, with what only Python reads
+            data = json.dumps(outcome).encode()
         return data, len(data)
     # Not orjson: a failure of user code may hold lone surrogates and integers of any size.
     return copy.copy(outcome), len(json.dumps(vars(outcome), default=repr, skipkeys=True))

@@ -71,15 +71,17 @@ class Vault:
         """
         try:
             sealed = json.loads(self._fernet.decrypt(token))
-        except self._invalid_token:
-            raise _not_opened(f"the LM key of session {session_id!r}", session_id) from None  # it says nothing more
-        if sealed["session_id"] != session_id:
+            sealed_for, text = sealed["session_id"], sealed["text"]
+        except (self._invalid_token, ValueError, KeyError, TypeError):  # or another program's, under the same key
+            # The cause could tell what was sealed.
+            raise _not_opened(f"the LM key of session {session_id!r}", session_id) from None
+        if sealed_for != session_id:
             raise errors.LMCredentialsRequired(
                 f"the LM key kept for session {session_id!r} is another session's: configure the LM again, with "
                 "its key",
                 details={"session_id": session_id},
             )
-        return str(sealed["text"])
+        return str(text)
 
     def rotate(self, token: bytes) -> bytes:
         """The same secret under the first key.

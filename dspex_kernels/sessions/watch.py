@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from dspex_kernels import errors, logs, tracing
-from dspex_kernels.sessions.happenings import CallEnded, Listeners, PoolSaturated, outcome_of
+from dspex_kernels.sessions.happenings import OK, CallEnded, Listeners, PoolSaturated, outcome_of
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ def watched(
         request_id: The call's name; None is none.
     """
     began = time.monotonic()
-    failure: BaseException | None = None
+    outcome = OK  # and not the failure itself: with its traceback it would keep all of the call in memory
     with (
         logs.of_call(session_id=session_id, request_id=request_id) as named,
         tracing.of_call(command, session_id=session_id, backend=backend, request_id=request_id) as span,
@@ -57,15 +57,14 @@ def watched(
         watch = Watch(named, span)
         try:
             yield watch
-        except BaseException as raised:
-            failure = raised
+        except BaseException as failure:
+            outcome = outcome_of(failure)
             raise
         finally:
-            outcome = outcome_of(failure)
             span.tell("dspex.kernel_id", named.kernel_id)
             span.tell("dspex.queue_wait_s", watch.queue_wait_s)
             span.tell_outcome(outcome)
-            if isinstance(failure, errors.PoolSaturated):
+            if outcome == errors.PoolSaturated.code:
                 listeners.tell(PoolSaturated(backend=backend, session_id=session_id, owner=owner))
             listeners.tell(
                 CallEnded(

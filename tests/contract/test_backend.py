@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -24,14 +25,15 @@ from dspex_kernels.sessions.backend import Place, PlaceGone, SessionBackend
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.kernels import Kernels
-from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.model import BackendName, SessionRecord
 from dspex_kernels.sessions.pool import KernelPool
 from dspex_kernels.sessions.pooled import PooledBackend
-from tests.sessions.memory_backend import MemoryBackend
+from tests.sessions.memory_backend import MemoryBackend, MemoryService
 from tests.waiting import wait_until
 
 SLOW = {"model": "offline/echo", "offline": {"latency_s": 60}}
 KERNEL_THAT_DIES_DURING_START = "dspex-test-dies-during-start"
+KERNEL_THAT_DIES_TWICE_DURING_START = "dspex-test-dies-twice-during-start"
 
 
 class Implementation(abc.ABC):
@@ -66,26 +68,51 @@ class Dedicated(Implementation):
 
 
 class Pooled(Dedicated):
+    max_restarts = 0
+
     @contextlib.asynccontextmanager
     async def made(self, directory: Path, kernel_name: str = "dspex") -> AsyncIterator[SessionBackend]:
         kernels = Kernels(kernel_name=kernel_name, policy=LMPolicy())
         await kernels.start()
         try:
-            yield PooledBackend(
-                KernelPool(kernels, directory / "pool", start_timeout=60.0, size=2, max_restarts=0, prestart=True)
-            )
+            traits = {"size": 2, "max_restarts": self.max_restarts, "prestart": True}
+            yield PooledBackend(KernelPool(kernels, directory / "pool", start_timeout=60.0, **traits))
         finally:
             await kernels.stop()
 
 
+class PooledWhoseFirstKernelsDie(Pooled):
+    max_restarts = 5
+
+    def made(self, directory: Path, kernel_name: str = "") -> Any:
+        if kernel_name:
+            return super().made(directory, kernel_name)
+        (directory / "deaths").mkdir()
+        _install(
+            KERNEL_THAT_DIES_TWICE_DURING_START,
+            "import os, sys\n"
+            "for death in '12':\n"
+            f"    try: os.mkdir(os.path.join({str(directory / 'deaths')!r}, death))\n"
+            "    except FileExistsError: continue\n"
+            "    sys.exit(3)\n"
+            "os.execv(sys.executable, [sys.executable, '-m', 'dspex_kernels.kernel', '-f', sys.argv[1]])",
+        )
+        return super().made(directory, KERNEL_THAT_DIES_TWICE_DURING_START)
+
+
 class Memory(Implementation):
+    name: BackendName = "dedicated"
+
+    def make(self) -> MemoryBackend:
+        return MemoryBackend(self.name)
+
     @contextlib.asynccontextmanager
     async def made(self, directory: Path) -> AsyncIterator[SessionBackend]:
-        yield MemoryBackend()
+        yield self.make()
 
     @contextlib.asynccontextmanager
     async def made_that_cannot_start(self, directory: Path) -> AsyncIterator[SessionBackend]:
-        backend = MemoryBackend()
+        backend = self.make()
         backend.start_failure = errors.KernelStartFailed("the process exited with code 3")
         yield backend
 
@@ -93,22 +120,66 @@ class Memory(Implementation):
         backend.lose(session_id)
 
 
-@pytest.fixture(params=[Memory, Dedicated, Pooled], ids=["memory", "dedicated", "pooled"])
+class PooledMemory(Memory):
+    name = "pooled"
+
+
+class BackendThatTakesItsTime(MemoryBackend):
+    """Others get the event loop many times before each of its steps is done."""
+
+    async def open(self, record: SessionRecord, *, timeout: float) -> Place:
+        await _turns(20)
+        return await super().open(record, timeout=timeout)
+
+    async def call(self, session_id: str, call: Call) -> dict[str, Any]:
+        await _turns(5)
+        return await super().call(session_id, call)
+
+    async def close(self, session_id: str) -> None:
+        await _turns(20)
+        await super().close(session_id)
+
+
+class MemoryThatTakesItsTime(Memory):
+    def make(self) -> MemoryBackend:
+        return BackendThatTakesItsTime(self.name)
+
+
+async def _turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def _install(name: str, code: str) -> None:
+    directory = Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    argv = ["python", "-c", code, "{connection_file}"]
+    (directory / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": name, "language": "python"}))
+
+
+IMPLEMENTATIONS = {
+    "memory": Memory,
+    "memory-pooled": PooledMemory,
+    "memory-that-takes-its-time": MemoryThatTakesItsTime,
+    "dedicated": Dedicated,
+    "pooled": Pooled,
+    "pooled-whose-first-kernels-die": PooledWhoseFirstKernelsDie,
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Implementation:
     made: Implementation = request.param()
     return made
 
 
 @pytest.fixture(autouse=True)
-def kernel_that_dies_during_start() -> Iterator[None]:
-    """A kernelspec whose process ends at once, with a last word."""
-    directory = Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels" / KERNEL_THAT_DIES_DURING_START
-    directory.mkdir(parents=True, exist_ok=True)
-    argv = ["python", "-c", "import sys; print('cannot go on', flush=True); sys.exit(3)", "{connection_file}"]
-    (directory / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "dies", "language": "python"}))
+def failing_kernels() -> Iterator[None]:
+    """Kernelspecs whose processes end at once: one always, with a last word; the tests may add another."""
+    _install(KERNEL_THAT_DIES_DURING_START, "import sys; print('cannot go on', flush=True); sys.exit(3)")
     yield
-    (directory / "kernel.json").unlink()
-    directory.rmdir()
+    for name in (KERNEL_THAT_DIES_DURING_START, KERNEL_THAT_DIES_TWICE_DURING_START):
+        shutil.rmtree(Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels" / name, ignore_errors=True)
 
 
 class Told:
@@ -125,7 +196,7 @@ class Told:
     def record(self, session_id: str, generation: int = 1) -> SessionRecord:
         """The session's record, as the store would hold it now."""
         now = datetime.now(UTC)
-        keeps_a_journal = not isinstance(self._backend, PooledBackend)
+        keeps_a_journal = self._backend.name == "dedicated"
         return SessionRecord(
             session_id=session_id,
             owner="alice",
@@ -290,5 +361,143 @@ def test_a_start_that_is_cancelled_leaves_nothing(implementation, tmp_path):
             assert backend.get_place("a") is None
             if isinstance(backend, DedicatedBackend):
                 assert not list(runtime.glob("kernel-*.json"))
+
+    run(work())
+
+
+class FaultyBackend(MemoryBackend):
+    """Does as it should until ``faulty`` is set."""
+
+    faulty = False
+
+
+class BackendThatFailsToOpen(FaultyBackend):
+    async def open(self, record: SessionRecord, *, timeout: float) -> Place:
+        if self.faulty:
+            raise RuntimeError("what no contract names")
+        return await super().open(record, timeout=timeout)
+
+
+class BackendThatNeverOpens(FaultyBackend):
+    async def open(self, record: SessionRecord, *, timeout: float) -> Place:
+        if self.faulty:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.Event().wait(), timeout)
+            raise errors.KernelStartFailed(f"it did not answer within {timeout:g} s")
+        return await super().open(record, timeout=timeout)
+
+
+class BackendThatFailsToClose(FaultyBackend):
+    async def close(self, session_id: str) -> None:
+        await super().close(session_id)
+        if self.faulty:
+            raise RuntimeError("what no contract names")
+
+
+class BackendThatFailsInCalls(FaultyBackend):
+    async def call(self, session_id: str, call: Call) -> dict[str, Any]:
+        if self.faulty:
+            raise RuntimeError("what no contract names")
+        return await super().call(session_id, call)
+
+
+class BackendThatLosesThePlaceBeforeEachCall(FaultyBackend):
+    async def call(self, session_id: str, call: Call) -> dict[str, Any]:
+        if self.faulty:
+            self.lose(session_id)
+        return await super().call(session_id, call)
+
+
+class BackendThatLosesThePlaceDuringEachCall(FaultyBackend):
+    async def call(self, session_id: str, call: Call) -> dict[str, Any]:
+        asking = asyncio.ensure_future(super().call(session_id, call))
+        if self.faulty:
+            await _turns(1)
+            self.lose(session_id)
+        return await asking
+
+
+class BackendThatDoesNotTellOfLosses(FaultyBackend):
+    async def call(self, session_id: str, call: Call) -> dict[str, Any]:
+        if self.faulty:
+            self._leave(session_id, lambda row: errors.KernelDied("it died", retryable=row.repeatable))
+        return await super().call(session_id, call)
+
+
+class BackendThatTellsOfLossesTwiceAndLate(FaultyBackend):
+    async def call(self, session_id: str, call: Call) -> dict[str, Any]:
+        place = self.get_place(session_id)
+        if self.faulty and place is not None:
+            self.lose(session_id)
+            assert self.lost is not None
+            self.lost(session_id, place, "told again")
+            asyncio.get_running_loop().call_later(0.01, self.lost, session_id, place, "and again, late")
+        return await super().call(session_id, call)
+
+
+class BackendThatSaysItHasAPlaceAndDoesNot(FaultyBackend):
+    async def call(self, session_id: str, call: Call) -> dict[str, Any]:
+        if self.faulty:
+            raise PlaceGone(session_id)
+        return await super().call(session_id, call)
+
+
+FAULTS = [
+    BackendThatFailsToOpen,
+    BackendThatNeverOpens,
+    BackendThatFailsToClose,
+    BackendThatFailsInCalls,
+    BackendThatLosesThePlaceBeforeEachCall,
+    BackendThatLosesThePlaceDuringEachCall,
+    BackendThatDoesNotTellOfLosses,
+    BackendThatTellsOfLossesTwiceAndLate,
+    BackendThatSaysItHasAPlaceAndDoesNot,
+]
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "pooled"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_whatever_a_backend_does_the_service_answers_every_call_and_loses_nothing(fault, mode, tmp_path):
+    class Service(MemoryService):
+        def _make_backends(self) -> list[SessionBackend]:
+            self.backend_at_fault = fault(mode, parent=self)
+            return [self.backend_at_fault]
+
+    def make() -> Service:
+        url = f"sqlite:///{tmp_path / 'store.sqlite'}"
+        return Service(backend=mode, data_dir=str(tmp_path), store_url=url, kernel_start_timeout=0.3)
+
+    async def work() -> None:
+        async with make() as service:
+            backend = service.backend_at_fault
+            session = await service.create_session(session_id="s")
+            await session.create_program("before", "question -> answer")
+            backend.faulty = True
+            if fault in (BackendThatFailsToOpen, BackendThatNeverOpens):
+                backend.lose("s")
+            acknowledged = ["before"]
+            for number in range(3):
+                asked = [session.call("list_programs", timeout=0.3) for _ in range(3)]
+                change = session.call("create_program", {"program_id": f"p{number}"}, timeout=0.3)
+                async with asyncio.timeout(5):
+                    *_, changed = await asyncio.gather(*asked, change, return_exceptions=True)
+                if not isinstance(changed, BaseException):
+                    acknowledged.append(f"p{number}")
+            backend.faulty = False
+            with contextlib.suppress(errors.KernelStartFailed):  # of a start that was under way
+                await session.list_programs()
+            programs = [program["program_id"] for program in await session.list_programs()]
+            assert [name for name in acknowledged if name not in programs] == []
+            assert (await service.health_check())["calls"] == 0
+
+            backend.faulty = True
+            await session.destroy()
+            with pytest.raises(errors.SessionNotFound):
+                await session.list_programs()
+            backend.faulty = False
+            await service.create_session(session_id="new")
+        async with make() as service:
+            assert "new" in [info.session_id for info in await service.list_sessions()]
+            assert await service.get_session("new").list_programs() == []
 
     run(work())

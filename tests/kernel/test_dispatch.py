@@ -11,6 +11,7 @@ from typing import Any
 
 import dspy
 import pytest
+from opentelemetry import trace
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
@@ -232,6 +233,38 @@ def test_a_command_whose_beginning_cannot_be_told_is_answered(workbench: Workben
     workbench.dispatcher.submit(Ask(LIST, message_id="one", reply=answers.append, began=refuse))
     assert "no socket" in wait_for(lambda: answers, what="an answer")[0]["error"]["message"]
     wait_for(lambda: not workbench.dispatcher.running(), what="the end of the command")
+
+
+def test_a_command_whose_span_cannot_begin_is_answered(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no collector")
+
+    monkeypatch.setattr(trace, "get_tracer", refuse)
+    assert workbench.ask(LIST)["status"] == "ok"
+    wait_for(lambda: not workbench.dispatcher.running(), what="the end of the command")
+
+
+def test_only_running_calls_wake_the_command_loop_for_heartbeats(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), asyncio.Event()
+
+    async def wait(*_: object) -> None:
+        begun.set()
+        await go.wait()
+
+    _handle(monkeypatch, wait)
+    dispatcher = workbench.dispatcher
+    dispatcher.heartbeat_interval = 0.01
+    assert dispatcher._next_beat is None
+    answers = workbench.submit(ASK_HANDLER)
+    wait_for(begun.is_set, what="the command")
+    assert dispatcher._next_beat is not None
+    dispatcher.loop.call_soon_threadsafe(go.set)
+    wait_for(lambda: answers, what="the answer")
+    wait_for(lambda: dispatcher._next_beat is None, what="the end of the heartbeats")
 
 
 class NamespaceOnASlowDisk(Namespace):

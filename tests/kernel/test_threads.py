@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 
@@ -96,6 +98,21 @@ def test_work_that_is_cancelled_while_it_waits_never_runs(make_threads: Callable
     assert cancelled.cancel()
     gate.open()
     assert last.result(10) == "ran"
+
+
+def test_work_that_is_cancelled_while_it_waits_is_kept_no_longer(
+    make_threads: Callable[..., Threads], gate: Gate
+) -> None:
+    lane = make_threads().lane(limit=1)
+    lane.submit(gate.block)
+    inputs = [Gate() for _ in range(3)]
+    kept = [weakref.ref(item) for item in inputs]
+    waiting = [lane.submit(item.block) for item in inputs]
+    del inputs
+    assert all(work.cancel() for work in waiting)
+    del waiting
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3, "though its lane's thread may block for ever"
 
 
 def test_threads_end_when_they_have_nothing_to_do(make_threads: Callable[..., Threads]) -> None:

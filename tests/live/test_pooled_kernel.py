@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from jupyter_client.manager import KernelManager
 from pydantic import TypeAdapter
 
@@ -57,6 +59,10 @@ def _blocking(kernel: LiveKernel, session_id: str, path: Path | str, module: str
     kernel.open_session(session_id, ECHO)
     args = {"program_id": "qa", "module": module, "module_args": {"fifo": str(path)}, "signature": None}
     kernel.result("create_program", args, session_id=session_id)
+
+
+def _has_answered(kernel: LiveKernel, calls: int) -> bool:
+    return bool(kernel.result("ping", control=True)["calls"] == calls)
 
 
 def _stuck(kernel: LiveKernel) -> int:
@@ -120,6 +126,27 @@ def test_a_command_loop_that_hangs_is_seen_by_pings(pooled: LiveKernel, fifo: Fi
     fifo.open()
     assert pooled.reply(call)["status"] == "ok"
     wait_for(lambda: pooled.result("ping", control=True)["lag_s"] < 0.2, what="the loop's return")
+
+
+def test_every_command_of_a_client_that_reads_late_is_answered(pooled: LiveKernel) -> None:
+    pooled.open_session("late-reader", ECHO)
+    signature = {"inputs": [{"name": "q"}], "outputs": [{"name": "a"}], "instructions": "long " * 2000}
+    pooled.result("create_program", {"program_id": "qa", "signature": signature}, session_id="late-reader")
+    asked = pooled.result("ping", control=True)["calls"]
+    content = {"command": "get_program", "args": {"program_id": "qa"}, "session_id": "late-reader"}
+    with zmq.Context() as context, context.socket(zmq.DEALER) as reader:
+        reader.linger = 0
+        reader.connect(f"tcp://127.0.0.1:{pooled.manager.shell_port}")
+        for sent in range(400, 3201, 400):  # in the end more than sockets hold by themselves
+            for _ in range(400):
+                pooled.client.session.send(reader, "dspex_request", content)
+            wait_for(partial(_has_answered, pooled, asked + sent), what="the answers")
+        answered = 0
+        while answered < 3200 and reader.poll(5000):
+            reader.recv_multipart()
+            answered += 1
+    assert answered == 3200
+    pooled.result("close_session", session_id="late-reader")
 
 
 def test_what_calls_change_travels_in_their_replies_once_and_in_order(pooled: LiveKernel) -> None:

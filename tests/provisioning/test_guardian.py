@@ -298,6 +298,37 @@ def test_after_a_lost_guardian_kernels_have_a_new_one_that_knows_what_to_remove(
     assert not (tmp_path / "connection.json").exists()
 
 
+def test_when_its_thread_breaks_nobody_waits_for_it_any_more(tmp_path, monkeypatch, caplog):
+    guardian = Guardians().open("broken", tmp_path / "services")
+    process, family = launch_family(guardian, tmp_path / "family")
+
+    def fails(message):
+        raise LookupError(f"no such {message}")
+
+    monkeypatch.setattr(guardian, "_heed", fails)
+    with pytest.raises(errors.KernelStartFailed, match="broke"):
+        guardian.launch(["true"], env=os.environ).result(30)
+    assert process.ended.result(30) == -signal.SIGKILL
+    assert not [member for member in family if member.is_alive]
+    with pytest.raises(errors.ServiceClosed):
+        guardian.launch(["true"], env=os.environ)
+    with pytest.raises(LookupError):
+        guardian.stop().result(30)
+    assert "service broken: the thread of its guardian broke" in caplog.text
+
+
+def test_a_second_guardian_of_one_service_does_not_take_the_firsts_place(tmp_path):
+    guardians = Guardians()
+    first = guardians.open("twice", tmp_path / "services")
+    first.ready.result(30)
+    second = guardians.open("twice", tmp_path / "services")
+    with pytest.raises(errors.StoreError, match="lives already"):
+        second.ready.result(30)
+    assert guardians.get("twice") is first
+    first.stop().result(30)
+    second.stop().result(30)
+
+
 def test_a_launch_without_room_for_its_record_is_refused(guardian):
     run(guardian, "").ended.result(30)
     directory = guardian.directory

@@ -258,6 +258,19 @@ def test_a_start_that_is_cancelled_leaves_no_kernel(tmp_path):
     asyncio.run(scenario())
 
 
+def test_a_guardian_whose_opening_is_cancelled_ends(tmp_path):
+    async def scenario() -> None:
+        opening = asyncio.ensure_future(GuardedProvisioner.open_guardian("cancelled", tmp_path / "services"))
+        await asyncio.sleep(0)  # it waits
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        with pytest.raises(errors.KernelStartFailed, match="'cancelled' has no guardian"):
+            await start(make_provisioner(service_id="cancelled"))
+
+    asyncio.run(scenario())  # no thread and no process is left, as after every test
+
+
 @pytest.mark.parametrize("why", ["unsupported", "independent"])
 def test_where_it_cannot_guard_it_is_the_local_provisioner(monkeypatch, caplog, why):
     async def scenario() -> None:

@@ -184,7 +184,8 @@ def test_a_service_with_a_guardian_of_its_own_sweeps_first(tmp_path):
             guardian.stop().result(30)
 
 
-def test_a_lock_that_was_given_is_free_when_the_guardian_has_stopped(tmp_path):
+def test_a_lock_that_was_given_stays_the_services_when_the_guardian_has_stopped(tmp_path):
+    # A service still writes to its store when its kernels are gone: nobody may take it for dead before.
     with (tmp_path / "lease").open("w") as lease, (tmp_path / "lease").open() as other:
         fcntl.flock(lease, fcntl.LOCK_EX)
         guardian = Guardians().open("leased", tmp_path / "services", lease.fileno())
@@ -192,14 +193,26 @@ def test_a_lock_that_was_given_is_free_when_the_guardian_has_stopped(tmp_path):
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         guardian.stop().result(30)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lease.close()
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_damaged_record_stands_in_nobodys_way(tmp_path, capsys):
+@pytest.mark.parametrize("damaged", [b"", b"\xff", b"[]", b"{}", b'{"pid": 1, "start_time": "soon"}'])
+def test_a_damaged_record_stands_in_nobodys_way(tmp_path, capsys, damaged):
     directory = write_record(tmp_path, "dead")
-    (directory / "1-1-2.json").write_bytes(b"")
+    (directory / "1-1-2.json").write_bytes(damaged)
     assert sweep.sweep(tmp_path) == ["dead"]
     assert "1-1-2.json is damaged" in capsys.readouterr().err
+
+
+def test_a_services_directory_that_cannot_be_read_is_told_and_nobody_waits_for_its_guardian(tmp_path):
+    (tmp_path / "services").touch()
+    guardian = Guardians().open("tested", tmp_path / "services")
+    with pytest.raises(errors.StoreError, match="Not a directory"):
+        guardian.ready.result(30)
+    guardian.stop().result(30)
 
 
 def test_a_directory_that_cannot_be_used_does_not_keep_the_others_from_being_swept(tmp_path, caplog):

@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -16,8 +17,13 @@ import pytest
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.states import SessionStatus
-from dspex_kernels.sessions import culling
+from dspex_kernels.sessions import culling, idle
 from dspex_kernels.sessions.culling import Action, Culler, Facts, Policy, due
+from dspex_kernels.sessions.idle import facts_of
+from dspex_kernels.sessions.live import LiveSession
+from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.store.sql import SQLStore
+from tests.sessions.memory_backend import MemoryService
 
 KEEP, HIBERNATE, DESTROY = Action.KEEP, Action.HIBERNATE, Action.DESTROY
 READY, HIBERNATED = SessionStatus.READY, SessionStatus.HIBERNATED
@@ -376,3 +382,59 @@ def test_the_loop_goes_on_while_ten_thousand_sessions_are_decided_on() -> None:
         assert sessions.looked == []
 
     run(main)
+
+
+# The service's sessions, as the culler sees them
+
+
+def record_of(session_id: str) -> SessionRecord:
+    return SessionRecord(session_id=session_id, owner="", backend="dedicated", created_at=USED, last_activity=USED)
+
+
+def test_what_was_told_of_a_kernel_went_with_it() -> None:
+    """Else a notebook that was attached once would keep a session for ever that has no kernel any more."""
+    live = LiveSession.of(record_of("s"))
+    live.busy, live.clients, live.running = True, 2, 1
+    assert facts_of(live) == Facts(HIBERNATED, USED, running=1)
+    live.status = READY
+    assert facts_of(live) == Facts(READY, USED, running=1, clients=2, busy=True)
+
+
+@pytest.fixture
+def make_service(tmp_path: Path) -> Callable[[], MemoryService]:
+    return lambda: MemoryService(data_dir=str(tmp_path), store_url=f"sqlite:///{tmp_path / 'store.sqlite'}")
+
+
+def test_a_kernel_that_does_not_answer_a_look_counts_as_busy(
+    make_service: Callable[[], MemoryService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idle, "LOOK_TIMEOUT", 0.01)
+
+    async def main() -> None:
+        async with make_service() as service:
+            await service.create_session(session_id="s")
+            service.memory.answering.clear()
+            found = await service._culler._sessions.look("s")
+            assert found is not None
+            assert found.busy
+            service.memory.answering.set()
+
+    asyncio.run(main())
+
+
+def test_a_look_at_a_session_that_no_service_has_learns_what_became_of_it(
+    make_service: Callable[[], MemoryService],
+) -> None:
+    async def main() -> None:
+        async with make_service() as service:
+            await service.create_session(session_id="s")
+        async with make_service() as service:
+            later = datetime.now(UTC) + timedelta(hours=1)
+            async with SQLStore(service.store_url) as other:  # as a service that came and went meanwhile
+                await other.set_backend("s", "pooled", None)
+                await other.touch("s", later)
+            found = await service._culler._sessions.look("s")
+            assert found == Facts(HIBERNATED, later)
+            assert (await service.get_session_info("s")).backend == "pooled"
+
+    asyncio.run(main())

@@ -14,9 +14,9 @@ import pytest
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
-from dspex_kernels.sessions.dedicated import LOG_NAME, DedicatedBackend
+from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.environment import kernel_environment
-from dspex_kernels.sessions.kernels import Kernels, _log_tail
+from dspex_kernels.sessions.kernels import Kernels
 from dspex_kernels.sessions.model import SessionRecord
 
 NAME = "dspex-test-scripted"
@@ -144,14 +144,6 @@ class TestStartsThatFail:
             assert failure.details["log_tail"] == "first\nthe last word"
 
         run(work())
-
-    def test_the_tail_of_a_log_of_any_size_is_read_alone(self, tmp_path):
-        log = tmp_path / LOG_NAME
-        with log.open("wb") as file:
-            file.truncate(1 << 43)  # a hole of 8 TiB: reading it whole is a MemoryError
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n" * 5000 + b"the last word\n")
-        assert _log_tail(log) == "the last word"
 
     def test_the_log_is_the_owners_only_and_the_one_before_is_kept(self, kernelspec, tmp_path):
         async def work() -> None:

@@ -47,6 +47,9 @@ class Kept:
         live.become(SessionStatus.READY)
         return live
 
+    async def settle(self, live: LiveSession) -> None:
+        await self.keeper.settle(live, live.record.generation)
+
     async def spent(self, session_id: str) -> Spent:
         return (await self.store.get(session_id)).contents.spent
 
@@ -92,11 +95,11 @@ def test_settling_waits_for_what_was_told_before_and_sessions_do_not_wait_for_ea
     async def work() -> None:
         async with kept(tmp_path) as held:
             one, other = await held.session("one"), await held.session("other")
-            await held.keeper.settle(other)
+            await held.settle(other)
             with held.store_is_busy():
                 held.keeper.take(one, [put("a")])
-                settling = asyncio.create_task(held.keeper.settle(one))
-                await held.keeper.settle(other)
+                settling = asyncio.create_task(held.settle(one))
+                await held.settle(other)
                 await asyncio.sleep(0)
                 assert not settling.done()
             await settling
@@ -122,7 +125,7 @@ def test_what_is_told_while_a_write_runs_goes_with_the_next_in_order(tmp_path):
                 await asyncio.sleep(0)
                 for name in "cdef":
                     held.keeper.take(live, [put(name)])
-            await held.keeper.settle(live)
+            await held.settle(live)
             assert await held.programs("s") == list("abcdef")
             assert writes == [["a", "b"], ["c", "d", "e", "f"]]
 
@@ -135,10 +138,10 @@ def test_a_refusal_is_told_to_each_that_waits_and_once_to_who_closes_the_place(t
             live = await held.session("s")
             with store_that_refuses(held.path, "refused"):
                 held.keeper.take(live, [put("a"), put("refused")])
-                waiting = [asyncio.create_task(held.keeper.settle(live)) for _ in range(3)]
+                waiting = [asyncio.create_task(held.settle(live)) for _ in range(3)]
                 await asyncio.sleep(0)
                 held.keeper.take(live, [put("later")])
-                waiting.append(asyncio.create_task(held.keeper.settle(live)))
+                waiting.append(asyncio.create_task(held.settle(live)))
                 outcomes = await asyncio.gather(*waiting, return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [errors.StoreError] * 4
             assert len({id(outcome) for outcome in outcomes}) == 4, "a shared exception gathers their tracebacks"
@@ -158,7 +161,7 @@ def test_a_caller_who_asks_only_after_the_refusal_is_told_too(tmp_path):
                 held.keeper.take(live, [put("refused")])
                 await wait_until(lambda: held.refused, what="the refusal")
             with pytest.raises(errors.StoreError, match="the disk is full"):
-                await held.keeper.settle(live)
+                await held.settle(live)
 
     run(work())
 

@@ -35,6 +35,11 @@ def record(seed: int, **fields: Any) -> ProgramRecord:
     return ProgramRecord(spec=ProgramSpec(config={"seed": seed}), **fields)
 
 
+def with_args(args: dict[str, Any]) -> dict[str, Any]:
+    """A record's JSON as a client may send it."""
+    return {"program_id": "draft", "version": 1, "spec": {"module_args": args}}
+
+
 def run(work: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(60):
@@ -142,6 +147,8 @@ class TestPublishing:
             (local, "qa", None, errors.NotPortable, "'f' is a function of the notebook"),
             (record(1, dspy_version="x" * 2000), "qa", None, errors.TooLarge, "2,000 is what a session"),
             ({"program_id": "qa", "version": 0}, "qa", None, errors.InvalidRecord, "version"),
+            (with_args({"n": 2**70}), "qa", None, errors.InvalidRecord, "not JSON"),
+            (with_args({"text": "\ud800"}), "qa", None, errors.InvalidRecord, "not JSON"),
             (record(1), "q a", None, errors.InvalidArguments, "no name"),
             (record(1), "qa", "Prod", errors.InvalidArguments, "no alias"),
             (record(1), "qa", "3", errors.InvalidArguments, "is a version"),
@@ -235,6 +242,28 @@ class TestWhereAliasesPoint:
         assert [text for text in caplog.messages if "qa@prod" in text] == [
             "the library has no qa@prod any more: what follows it stays as it is"
         ]
+
+    def test_an_alias_that_nobody_follows_is_not_logged_for_having_been_asked_for(self, url, caplog):
+        async def work() -> None:
+            async with open_library(url) as library:
+                with pytest.raises(errors.ProgramNotFound, match="nothing@prod"):
+                    await library.resolve("nothing@prod")
+                assert "nothing@prod" not in caplog.text
+                await library.look("nothing@prod")
+                assert "no nothing@prod any more" in caplog.text
+
+        run(work())
+
+    def test_many_who_want_a_record_at_once_have_it_read_once(self, url):
+        async def work() -> None:
+            async with CountingStore(url) as store:
+                here = Library(store, LOG)
+                await here.publish_record(record(1), "qa")
+                found = await asyncio.gather(*(here.get_record("qa", 1) for _ in range(20)))
+                assert store.asked["entry"] == 1
+                assert all(one is found[0] for one in found)
+
+        run(work())
 
     def test_what_was_read_before_a_move_made_here_is_not_believed_after_it(self, url):
         async def work() -> None:
@@ -792,6 +821,7 @@ class TestTheCommand:
         message,
     ):
         (tmp_path / "text").write_text("no JSON")
+        (tmp_path / "store.sqlite").touch()  # SQLite takes it for an empty database
         words = [word.format(file=tmp_path / "text") for word in argv]
         store = [] if "--store=elsewhere.sqlite" in words else [f"--store={url}"]
         status, out, err = run_cli("library", *words, *store)

@@ -320,3 +320,14 @@ def test_a_late_reply_that_cannot_be_read_is_an_error(content: dict[str, Any]) -
             await outcomes.fetch("s", "r")
 
     run(main())
+
+
+def test_what_only_python_reads_as_json_is_kept_too() -> None:
+    """A dedicated kernel's owner may answer in its place: neither the call nor the reader of replies may fail."""
+
+    async def main() -> None:
+        outcomes, strange = Outcomes(), {"outputs": {"n": 2**70, "text": "\ud800"}}
+        ended(outcomes, "r", strange)
+        assert await outcomes.fetch("s", "r") == strange
+
+    asyncio.run(main())

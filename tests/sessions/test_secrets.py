@@ -39,6 +39,14 @@ def test_a_token_of_another_session_does_not_open() -> None:
         vault.open("mallory", vault.seal("alice", "sk-canary"))
 
 
+@pytest.mark.parametrize("text", ["sk-canary", "[]", '{"session_id": "s"}', '{"text": "sk-canary"}', "\xff"])
+def test_what_another_program_encrypted_under_the_same_key_is_not_told(text: str) -> None:
+    with pytest.raises(errors.LMCredentialsRequired, match="session 's'") as caught:
+        Vault([OLD]).open("s", Fernet(OLD).encrypt(text.encode("latin-1")))
+    assert caught.value.__cause__ is None
+    assert "canary" not in str(caught.value)
+
+
 @pytest.mark.parametrize("token", [Vault([OLD]).seal("s", "x"), b"", b"no token", b"\xff\x00"], ids=range(4))
 def test_a_token_that_no_key_opens_asks_for_the_lm_again(token: bytes) -> None:
     vault = Vault([NEW])

@@ -49,7 +49,7 @@ LATENCY = {"pooled": 0.3, "dedicated": 2.0}
 NONCE = re.compile(r"storm-\d+-\d+")
 
 WATCHER = """
-import fcntl, os, signal, sys
+import fcntl, os, signal, sys, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
 for line in sys.stdin:
     path, mark, pid = line.rstrip("\\n").split("\\t")
@@ -57,8 +57,8 @@ for line in sys.stdin:
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
     fcntl.fcntl(directory, fcntl.F_NOTIFY, fcntl.DN_MODIFY | fcntl.DN_CREATE | fcntl.DN_RENAME | fcntl.DN_MULTISHOT)
     print("ready", flush=True)
-    found = False
-    while not found and signal.sigtimedwait({signal.SIGIO}, 5) is not None:
+    found, until = False, time.monotonic() + 3
+    while not found and signal.sigtimedwait({signal.SIGIO}, max(until - time.monotonic(), 0)) is not None:
         with open(path, "rb") as file:
             file.seek(read if os.path.getsize(path) >= read else 0)
             found = mark.encode() in file.read()
@@ -72,7 +72,8 @@ for line in sys.stdin:
 """
 """Kills a process as soon as a text stands in a file. A process of its own: a thread would wait for the others.
 
-Lines of path, text, pid; answers ``ready``, then ``killed``, or ``nothing`` when the text did not come.
+Lines of path, text, pid; answers ``ready``, then ``killed``, or ``nothing`` when the text did not come
+within three seconds.
 """
 
 

@@ -331,7 +331,9 @@ class Records:
                     return
                 # It was swept between open and lock: what is written now would be lost.
             finally:
-                os.close(file)  # which unlocks it
+                # Not left to close: a child that another thread forked just now has the file open as well.
+                fcntl.flock(file, fcntl.LOCK_UN)
+                os.close(file)
 
     def _open(self, path: Path) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -13,7 +13,7 @@ its successor did.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -104,8 +104,9 @@ class SessionStore(ProgramLibrary):
     database: each sees what the others finished.
 
     A store that was opened for a service changes a session (its contents, fields and secret; deleting it too) only
-    while that service holds it or nobody does. Otherwise it raises SessionNotReady, "another service has taken
-    session … over", and changes nothing. A store for no service (a tool's) changes all.
+    while that service holds it, by ``create`` or ``claim``. Otherwise it raises SessionNotReady and changes nothing,
+    also where nobody holds the session: another service may have had it meanwhile. A store for no service (a
+    tool's) changes all.
     """
 
     async def __aenter__(self) -> Self:
@@ -259,10 +260,21 @@ class SessionStore(ProgramLibrary):
         """Forget a service that ends, and that it holds sessions; one that is not registered is no error."""
 
     @abstractmethod
-    async def bury(self, service_id: str) -> None:
+    async def bury(self, service_id: str, *, seen: datetime | None = None) -> bool:
         """Forget a service that was found dead, and that it holds sessions: each may be claimed.
 
-        Should it be alive after all, ``renew`` tells it so, and it can change no session that another has claimed.
+        Should it be alive after all, ``renew`` tells it so, and it can change no session before it claims it anew.
+
+        Args:
+            service_id: Which; one that is not registered is no error.
+            seen: The ``expires_at`` by which it was found dead: where it has renewed or registered since, nothing
+                is done. None asks for nothing of the kind, for one that is known to be gone.
+
+        Returns:
+            Whether it is forgotten. False: it lives, or is forgotten already.
+
+        Raises:
+            InvalidArguments: ``seen`` has no time zone.
         """
 
     @abstractmethod
@@ -270,13 +282,12 @@ class SessionStore(ProgramLibrary):
         """The registered services, oldest first; some may be dead."""
 
     @abstractmethod
-    async def claim(self, session_id: str, service_id: str, *, dead: Collection[str] = ()) -> SessionRecord:
-        """Let a service hold a session that nobody living holds.
+    async def claim(self, session_id: str, service_id: str) -> SessionRecord:
+        """Let a service hold a session that no registered service holds.
 
         Args:
             session_id: Which.
             service_id: Who takes it; holding it already is fine.
-            dead: Services that the caller has found dead, though they are registered.
 
         Returns:
             The session as it is from now on, until this service changes it.

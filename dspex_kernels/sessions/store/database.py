@@ -5,7 +5,8 @@ a power failure, and these were acknowledged. Writers begin with ``BEGIN IMMEDIA
 first and then wanted to write would fail at once when another process wrote in between, whatever the timeout.
 
 PostgreSQL gets the same order of things, one writer at a time, from an advisory lock: a transaction carries many
-sessions' writes, and two such would deadlock on rows they take in different orders.
+sessions' writes, and two such would deadlock on rows they take in different orders. A writer that is stopped, or
+whose machine is gone, must not keep the others from writing: the server ends its transaction.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ BUSY_TIMEOUT: Final = 10.0
 """Seconds that a write waits for another process's write to end."""
 WRITERS_LOCK: Final = 0x64737065
 """PostgreSQL's advisory lock of whoever writes; any number that no other program of the database uses."""
+IDLE_TIMEOUT: Final = 10.0
+"""Seconds that a PostgreSQL transaction may be open without a word from us: from then on others may write."""
+LIBPQ_OPTIONS: Final = {
+    "connect_timeout": 10,  # seconds
+    "keepalives_idle": 10,  # seconds
+    "keepalives_interval": 5,  # seconds
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,  # milliseconds
+}
+"""A server that is cut off is noticed in half a minute. By themselves, TCP and libpq take up to two hours."""
 
 
 class Database:
@@ -73,8 +84,10 @@ class Database:
         """One transaction: committed at the end, or rolled back as a whole. What fails is not translated."""
         assert self._engine is not None  # the store's thread runs nothing before open
         options: dict[str, Any] = {"dspex_writes": writes}
-        if not self._is_sqlite and not writes:
-            options["isolation_level"] = "REPEATABLE READ"  # all statements of a read see one moment
+        if not self._is_sqlite:
+            # All statements of a read see one moment. Those of a write see what the writers before it committed:
+            # one moment, whatever the server's default, would be that before it waited for their lock.
+            options["isolation_level"] = "READ COMMITTED" if writes else "REPEATABLE READ"
         with self._engine.connect() as connection, connection.execution_options(**options).begin():
             yield connection
 
@@ -182,8 +195,10 @@ def _make_engine(url: sa.URL) -> sa.Engine:
 
 
 def _make_postgresql_engine(url: sa.URL) -> sa.Engine:
+    uses_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
+    options = {name: value for name, value in LIBPQ_OPTIONS.items() if uses_libpq and name not in url.query}
     try:
-        engine = sa.create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        engine = sa.create_engine(url, connect_args=options, pool_pre_ping=True, hide_parameters=True)
     except ModuleNotFoundError as failure:
         remedy = "pip install 'dspex-kernels[postgres]'" if failure.name == "psycopg" else "install it"
         raise errors.DependencyMissing(
@@ -226,11 +241,10 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 
 def _begin_postgresql(connection: sa.Connection) -> None:
     if connection.get_execution_options().get("dspex_writes", True):
-        # One round trip: the timeout, of this transaction alone, is set before the lock is asked for.
-        milliseconds = int(BUSY_TIMEOUT * 1000)
-        connection.exec_driver_sql(
-            f"SELECT set_config('lock_timeout', '{milliseconds}', true), pg_advisory_xact_lock({WRITERS_LOCK})"
-        )
+        # One round trip: the timeouts, of this transaction alone, are set before the lock is asked for.
+        timeouts = {"lock_timeout": BUSY_TIMEOUT, "idle_in_transaction_session_timeout": IDLE_TIMEOUT}
+        settings = (f"set_config('{name}', '{int(value * 1000)}', true)" for name, value in timeouts.items())
+        connection.exec_driver_sql(f"SELECT {', '.join(settings)}, pg_advisory_xact_lock({WRITERS_LOCK})")
 
 
 def _vacuum_into(connection: Any, path: Path) -> None:

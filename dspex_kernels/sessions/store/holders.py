@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
@@ -28,10 +27,23 @@ def add(connection: sa.Connection, service: ServiceRecord) -> None:
     connection.execute(SERVICES.insert(), row)
 
 
-def remove(connection: sa.Connection, service_id: str) -> None:
-    """Forget a service, and that it holds sessions."""
-    connection.execute(SESSIONS.update().where(SESSIONS.c.holder == service_id).values(holder=None))
-    connection.execute(SERVICES.delete().where(SERVICES.c.service_id == service_id))
+def remove(connection: sa.Connection, service_id: str, seen: str | None = None) -> bool:
+    """Forget a service, and that it holds sessions: a row without a holder is nobody's, the former one's neither.
+
+    Args:
+        connection: In a transaction.
+        service_id: Which.
+        seen: Only if this is when it expires; None in any case.
+
+    Returns:
+        Whether it was registered, so.
+    """
+    row = SERVICES.c.service_id == service_id
+    as_seen = row if seen is None else row & (SERVICES.c.expires_at == seen)
+    found = connection.execute(SERVICES.delete().where(as_seen)).rowcount > 0
+    if found or seen is None:
+        connection.execute(SESSIONS.update().where(SESSIONS.c.holder == service_id).values(holder=None))
+    return found
 
 
 def read_all(connection: sa.Connection) -> list[ServiceRecord]:
@@ -39,7 +51,7 @@ def read_all(connection: sa.Connection) -> list[ServiceRecord]:
     return [_service(row) for row in rows]
 
 
-def take(connection: sa.Connection, session_id: str, service_id: str, dead: Collection[str]) -> None:
+def take(connection: sa.Connection, session_id: str, service_id: str) -> None:
     """Let a service hold a session; ``SessionStore.claim`` tells when it may."""
     holder = _holder(connection, session_id)
     if _find(connection, service_id) is None:
@@ -50,7 +62,7 @@ def take(connection: sa.Connection, session_id: str, service_id: str, dead: Coll
         )
     if holder == service_id:
         return
-    other = _find(connection, holder) if holder is not None and holder not in dead else None
+    other = _find(connection, holder) if holder is not None else None
     if other is not None:
         raise errors.SessionNotReady(
             f"session {session_id!r} is used by another service, {_described(other)}: use the session there, or "
@@ -60,29 +72,31 @@ def take(connection: sa.Connection, session_id: str, service_id: str, dead: Coll
     update_session(connection, session_id, holder=service_id)
 
 
-def is_free_for(service_id: str | None) -> sa.ColumnElement[bool]:
+def is_held_by(service_id: str | None) -> sa.ColumnElement[bool]:
     """Whether a row of SESSIONS may be changed by this service; None is no service, which may change all."""
-    if service_id is None:
-        return sa.true()
-    return SESSIONS.c.holder.is_(None) | (SESSIONS.c.holder == service_id)
+    return sa.true() if service_id is None else SESSIONS.c.holder == service_id
 
 
 def check(connection: sa.Connection, session_id: str, service_id: str | None) -> None:
-    """Refuse to change what ``is_free_for`` says is not free.
+    """Refuse to change what ``is_held_by`` says is not this service's.
+
+    A session that nobody holds is refused too: a service that held it and was taken for dead cannot know whether a
+    successor has had it, changed it and left since.
 
     Raises:
         SessionNotFound: There is none of that id.
-        SessionNotReady: Another service has it now.
+        SessionNotReady: This service does not hold it, or not any more.
     """
     holder = _holder(connection, session_id)
-    if service_id is None or holder is None or holder == service_id:
+    if service_id is None or holder == service_id:
         return
-    other = _find(connection, holder)
-    raise errors.SessionNotReady(
-        f"another service has taken session {session_id!r} over: {_described(other) if other else repr(holder)}; "
-        "use the session there",
-        details=_details(session_id, holder, other),
-    )
+    other = _find(connection, holder) if holder is not None else None
+    if holder is None:
+        message = f"session {session_id!r} is not this service's, or was taken from it: claim it first"
+    else:
+        whose = _described(other) if other is not None else repr(holder)
+        message = f"another service has taken session {session_id!r} over: {whose}; use the session there"
+    raise errors.SessionNotReady(message, details=_details(session_id, holder, other))
 
 
 def _holder(connection: sa.Connection, session_id: str) -> str | None:
@@ -111,7 +125,7 @@ def _described(service: ServiceRecord) -> str:
     return f"{service.service_id!r} (host {service.host}, process {service.pid})"
 
 
-def _details(session_id: str, holder: str, service: ServiceRecord | None) -> dict[str, Any]:
+def _details(session_id: str, holder: str | None, service: ServiceRecord | None) -> dict[str, Any]:
     return {
         "session_id": session_id,
         "holder": holder,

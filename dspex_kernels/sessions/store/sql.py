@@ -7,7 +7,7 @@ database is spoken to is ``database``'s, what its rows hold is ``rows``' and ``h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -150,17 +150,16 @@ class SQLStore(SQLLibrary, SessionStore):
     async def unregister(self, service_id: str) -> None:
         await self._turns.write(lambda connection: holders.remove(connection, service_id))
 
-    async def bury(self, service_id: str) -> None:
-        await self._turns.write(lambda connection: holders.remove(connection, service_id))
+    async def bury(self, service_id: str, *, seen: datetime | None = None) -> bool:
+        expires_at = rows.to_text(seen) if seen is not None else None
+        return await self._turns.write(lambda connection: holders.remove(connection, service_id, expires_at))
 
     async def services(self) -> Sequence[ServiceRecord]:
         return await self._turns.read(holders.read_all)
 
-    async def claim(self, session_id: str, service_id: str, *, dead: Collection[str] = ()) -> SessionRecord:
-        dead = frozenset(dead)  # the caller may go on with its own
-
+    async def claim(self, session_id: str, service_id: str) -> SessionRecord:
         def claim(connection: sa.Connection) -> SessionRecord:
-            holders.take(connection, session_id, service_id, dead)
+            holders.take(connection, session_id, service_id)
             return rows.read_session(connection, session_id)
 
         return await self._turns.write(claim)
@@ -226,7 +225,7 @@ class SQLStore(SQLLibrary, SessionStore):
             await asyncio.to_thread(self._database.back_up, path)
 
     async def _update(self, session_id: str, **values: Any) -> None:
-        mine = (SESSIONS.c.session_id == session_id) & holders.is_free_for(self._service_id)
+        mine = (SESSIONS.c.session_id == session_id) & holders.is_held_by(self._service_id)
         statement = SESSIONS.update().where(mine).values(values)
 
         def update(connection: sa.Connection) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -54,7 +54,10 @@ class Turns:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._thread: ThreadPoolExecutor | None = None
-        self._waiting = 0  # read and changed on the event loop only
+        # Turns that were asked for, by the loop, and those that have come, by the thread. Callers that gave up are
+        # among the first: what they asked for is in memory until its turn comes.
+        self._asked = 0
+        self._come = 0
         self._writes: deque[_Write] = deque()  # the loop appends, the thread takes: each step is atomic
 
     async def open(self) -> None:
@@ -75,7 +78,8 @@ class Turns:
             return
         last = thread.submit(self._database.close)
         thread.shutdown(wait=False)
-        await self._result(last)
+        # Shielded: dropped before its turn, it would leave the database open for good.
+        await self._answered(asyncio.shield(asyncio.wrap_future(last)))
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Do work that changes nothing, in a transaction of its own."""
@@ -92,17 +96,26 @@ class Turns:
         It runs in the order asked among the writes, and no later than its turn among all calls.
         """
 
-        def submit(thread: ThreadPoolExecutor) -> Future[T]:
-            write = _Write(work)
-            self._writes.append(write)
-            thread.submit(self._write_group)  # finds nothing left to do when an earlier turn took the write along
-            return write.answer
-
-        return await self._take_turn(submit)
+        thread = self._check_room()
+        write = _Write(work)
+        self._writes.append(write)
+        self._take_turn(thread, self._write_group)  # it finds nothing where an earlier turn took the write along
+        return await self._answered(asyncio.wrap_future(write.answer))
 
     async def run(self, work: Callable[[], T]) -> T:
         """Do work on the thread, in the order asked."""
-        return await self._take_turn(lambda thread: thread.submit(work))
+        thread = self._check_room()
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(work())
+                except Exception as failure:  # noqa: BLE001  # of whatever kind, it is what the caller is told
+                    answer.set_exception(failure)
+
+        self._take_turn(thread, run)
+        return await self._answered(asyncio.wrap_future(answer))
 
     def check_open(self) -> ThreadPoolExecutor:
         """The thread.
@@ -116,23 +129,30 @@ class Turns:
             )
         return self._thread
 
-    async def _take_turn(self, submit: Callable[[ThreadPoolExecutor], Future[T]]) -> T:
+    def _check_room(self) -> ThreadPoolExecutor:
+        """The thread, if one more call may wait for it."""
         thread = self.check_open()
-        if self._waiting >= MAX_WAITING:
+        waiting = self._asked - self._come
+        if waiting >= MAX_WAITING:
             raise errors.StoreError(
-                f"the store {self._database.url!r} has {self._waiting:,} calls waiting, its limit: ask again later",
+                f"the store {self._database.url!r} has {waiting:,} calls waiting, its limit: ask again later",
                 retry_after=1.0,
             )
-        self._waiting += 1
-        try:
-            return await self._result(submit(thread))
-        finally:
-            self._waiting -= 1
+        return thread
 
-    async def _result(self, future: Future[T]) -> T:
+    def _take_turn(self, thread: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+        def turn() -> None:
+            self._come += 1
+            work()
+
+        self._asked += 1
+        thread.submit(turn)
+
+    async def _answered(self, answer: Awaitable[T]) -> T:
         try:
             # Cancelled or late, a call that has begun still ends as a whole; one that has not is dropped.
-            return await asyncio.wait_for(asyncio.wrap_future(future), CALL_TIMEOUT)
+            async with asyncio.timeout(CALL_TIMEOUT):
+                return await answer
         except TimeoutError:
             raise errors.StoreError(
                 f"the store {self._database.url!r} did not answer within {CALL_TIMEOUT:g} s; the change may still "

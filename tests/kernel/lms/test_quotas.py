@@ -423,6 +423,31 @@ def test_several_processes_together_take_what_one_may_take(tmp_path: Path) -> No
             _end(process)
 
 
+def test_a_child_that_is_forked_under_the_lock_does_not_keep_it(tmp_path: Path) -> None:
+    count = Records(tmp_path).record(Quota, "openai", "k")
+    children: list[int] = []
+
+    def copied(state: Quota, _now: float) -> tuple[Quota, str]:
+        # A copied descriptor shares the lock, as a forked child's does.
+        children.extend(os.dup(int(fd.name)) for fd in Path("/proc/self/fd").iterdir() if _is_in(fd, tmp_path))
+        return state, "changed"
+
+    try:
+        assert count.change(copied) == "changed"
+        assert children
+        assert count.change(lambda state, _now: (state, "changed")) == "changed"
+    finally:
+        for child in children:
+            os.close(child)
+
+
+def _is_in(fd: Path, directory: Path) -> bool:
+    try:
+        return fd.readlink().is_relative_to(directory)
+    except FileNotFoundError:  # the listing's own
+        return False
+
+
 def test_a_process_that_is_killed_with_the_lock_takes_nothing_along(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
