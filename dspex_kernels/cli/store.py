@@ -53,6 +53,10 @@ class StoreApp(Subcommand):
 async def _backup(store: SessionStore, path: Path) -> str:
     sessions = await store.count()
     await store.backup(path)
+    return _how_to_use(path, sessions)
+
+
+def _how_to_use(path: Path, sessions: int) -> str:
     return f"{path}: {sessions} sessions; to use it, set SessionService.store_url to sqlite:///{path.absolute()}"
 
 

@@ -70,8 +70,8 @@ class DSPexKernelApp(IPKernelApp):
     def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> int:
         """Called with each socket before it is bound: no reply is dropped because its reader is slow."""
         if s.socket_type == zmq.ROUTER:
-            # By default a ROUTER drops in silence what exceeds 1000 messages to a peer: of 9000 commands of a client
-            # that did not read meanwhile, 2500 were never answered.
+            # By default a ROUTER drops in silence what exceeds 1000 messages to a peer: of 9000 commands of a
+            # client that did not read meanwhile, 2500 were never answered.
             s.sndhwm = 0
         bound: int = super()._bind_socket(s, port)
         return bound

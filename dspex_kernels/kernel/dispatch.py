@@ -246,6 +246,9 @@ class Dispatcher:
             raise self._not_here(wanted)
         return namespace
 
+    def _is_here(self, namespace: Namespace) -> bool:
+        return self._namespaces.get(namespace.session_id) is namespace
+
     def _not_here(self, session_id: str) -> errors.SessionNotReady:
         return errors.SessionNotReady(
             f"session {session_id!r} is not in this kernel: its service opens it here with open_session",
@@ -257,6 +260,7 @@ class Dispatcher:
 
         Raises:
             SessionMismatch: This is a dedicated kernel.
+            KernelDied: It is shutting down.
         """
         own = self.identity.session_id
         if own is not None:
@@ -288,7 +292,7 @@ class Dispatcher:
                 details={"session_id": namespace.session_id},
             )
         with self._lock:
-            if self._namespaces.get(namespace.session_id) is namespace:
+            if self._is_here(namespace):
                 del self._namespaces[namespace.session_id]
         await asyncio.shield(self._begin_to_close(namespace, call))
 
@@ -297,9 +301,10 @@ class Dispatcher:
         if self.identity.session_id is not None:
             return {}
         with self._lock:
-            namespaces = {call.namespace.session_id: call.namespace for call in self._running.values()}
-            # Under the lock: a reply that leaves meanwhile would tell the same, or be taken back by older totals.
-            told = {session_id: namespace.untold_spent() for session_id, namespace in namespaces.items()}
+            # Not those that were closed or replaced: what they spend is not the session's that is here now.
+            busy = {c.namespace for c in self._running.values() if self._is_here(c.namespace)}
+            # Under the lock: a reply that leaves meanwhile would tell the same, or note older totals as told.
+            told = {namespace.session_id: namespace.untold_spent() for namespace in busy}
         return {session_id: spent for session_id, spent in told.items() if spent is not None}
 
     def cancel(self, namespace: Namespace, request_id: str, reason: errors.DSPexError) -> bool:
@@ -449,7 +454,7 @@ class Dispatcher:
         with self._lock:
             if self._closed:
                 raise errors.KernelDied("the kernel is shutting down", retryable=command.repeatable)
-            if self._namespaces.get(namespace.session_id) is not namespace:
+            if not self._is_here(namespace):
                 raise self._not_here(namespace.session_id)
             if key in self._running:
                 raise errors.DuplicateRequest(

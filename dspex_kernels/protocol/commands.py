@@ -270,11 +270,15 @@ class PingResult(Result):
     uptime_s: float
     memory_bytes: int
     stuck: int = Field(0, description="Calls that were answered, whose programs ignore their end and go on.")
-    lag_s: float = Field(0.0, description="For how long the command loop has not come round, beyond its pace.")
+    lag_s: float = Field(
+        0.0, description="For how long the command loop has not come round; 0 where it was not asked before."
+    )
     calls: int = Field(0, description="Commands answered since the kernel's start.")
     last_activity: str | None = Field(None, description="Of any session: its last command or cell, whoever asked.")
     busy: bool = Field(False, description="A cell runs.")
-    clients: int | None = Field(None, description="Who listens to iopub, the service apart; null where unknown.")
+    clients: int | None = Field(
+        None, description="Who listens to all of iopub, as notebooks do; null where unknown."
+    )
 
 
 class OpenSessionArgs(Args):

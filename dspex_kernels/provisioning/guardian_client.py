@@ -338,7 +338,7 @@ class Guardian:
                 poll.register(self._wakeup, select.POLLIN)
                 poll.poll()
             self._clear()
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001  # whatever broke, nobody may wait for this thread any more
             _log.exception(
                 "service %s: the thread of its guardian broke; it starts no more kernels", self.service_id
             )

@@ -146,7 +146,6 @@ class Carrier:
         live.asking += 1
         try:
             result = await self._places.backend_of(live).call(live.session_id, call)
-            await self._keys.remember(live, row, call.args)
         finally:
             live.asking -= 1
             if not live.asking and live.quiet is not None:
@@ -154,4 +153,5 @@ class Carrier:
             if row.mutates and live.status is not SessionStatus.DESTROYED:
                 # Also after an error: a call that ran out of time may have changed something.
                 await self._keeper.settle(live, generation)
+        await self._keys.remember(live, row, call.args)  # only now: a refused change keeps the former key
         return result

@@ -27,6 +27,8 @@ from dspex_kernels.sessions.tasks import Tasks
 
 TOUCH_INTERVAL = 10.0
 """Seconds between two writes of a session's ``last_activity``: reads need not cost a write each."""
+MAX_WRITING = 500
+"""Sessions whose totals are written at the same time: the store is to have room for changes."""
 SPENT_INTERVAL = 0.5
 """Seconds between two writes of what sessions spent."""
 
@@ -193,8 +195,13 @@ class Keeper:
             await self._write_spent_once()
 
     async def _write_spent_once(self) -> None:
-        waiting, self._spent = self._spent, {}
-        await asyncio.gather(*(self._save_spent(live) for live in waiting.values()))
+        waiting, self._spent = list(self._spent.values()), {}
+        # Finished though ``stop`` comes in between: what was taken out is nowhere else.
+        await self._tasks.finish(self._write_all(waiting))
+
+    async def _write_all(self, waiting: list[LiveSession]) -> None:
+        for start in range(0, len(waiting), MAX_WRITING):
+            await asyncio.gather(*(self._save_spent(live) for live in waiting[start : start + MAX_WRITING]))
 
     async def _save_spent(self, live: LiveSession) -> None:
         if live.spent is None or live.status is SessionStatus.DESTROYED:

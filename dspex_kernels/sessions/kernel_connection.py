@@ -378,11 +378,13 @@ class KernelConnection:
 
     def _take_reply(self, message: dict[str, Any]) -> None:
         parent_id = message["parent_header"].get("msg_id", "")
-        if self._on_reply is not None and message["msg_type"] == messages.REPLY:
-            self._on_reply(message["content"])
         waiting = self._waiting.get(parent_id)
+        failure = self._tell_reply(message)
         if waiting is not None and not waiting.reply.done():
-            waiting.reply.set_result(message["content"])
+            if failure is None:
+                waiting.reply.set_result(message["content"])
+            else:
+                waiting.reply.set_exception(failure)
         elif parent_id in self._abandoned:
             del self._abandoned[parent_id]
             self.late += 1
@@ -391,6 +393,20 @@ class KernelConnection:
         else:
             self.strays += 1
             _log.warning("kernel %s: a %s answers nobody here: dropped", self.name, message["msg_type"])
+
+    def _tell_reply(self, message: dict[str, Any]) -> errors.DSPexError | None:
+        """Pass a reply on to ``on_reply``. The error for its caller where that fails: nothing is acknowledged."""
+        if self._on_reply is None or message["msg_type"] != messages.REPLY:
+            return None
+        try:
+            self._on_reply(message["content"])
+        except Exception as failure:  # noqa: BLE001  # the owner's code may raise anything, and the reader serves others
+            _log.exception("kernel %s: a reply could not be taken in", self.name)
+            why = type(failure).__name__  # its text may hold what the reply does
+            return errors.InvalidMessage(
+                f"the reply of kernel {self.name} could not be taken in: {why}; see the log"
+            )
+        return None
 
     def _take_iopub(self, message: dict[str, Any]) -> None:
         if message["msg_type"] == "iopub_welcome":

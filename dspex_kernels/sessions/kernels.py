@@ -194,11 +194,13 @@ class Kernels(LoggingConfigurable):
         return settings
 
     async def stop(self) -> None:
-        """Wait until every kernel that was ended is gone; the backends end their own before. Kill what is left."""
+        """Wait until every kernel is gone. The backends end their own before; those that are left are killed."""
+        closed = errors.ServiceClosed("the session service is closing")
         try:
             if self._cutting is not None:
                 self._cutting.cancel()
                 await asyncio.wait({self._cutting})
+            await asyncio.gather(*(self.end(kernel, closed, now=True) for kernel in list(self._living.values())))
             await self._finish_tasks(STOP_TIMEOUT)
         finally:
             if self._context is not None:
@@ -214,7 +216,7 @@ class Kernels(LoggingConfigurable):
         while (running := self._tasks.running) and (left := deadline - loop.time()) > 0:
             await asyncio.wait(running, timeout=left)
         if running := self._tasks.running:
-            self.log.warning("%d kernels did not end within %g s", len(running), timeout)
+            self.log.warning("%d starts or ends of kernels were not over within %g s", len(running), timeout)
             for task in running:
                 task.cancel()
             await asyncio.wait(running, timeout=SHUTDOWN_TIMEOUT)

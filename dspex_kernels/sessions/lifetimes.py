@@ -137,6 +137,8 @@ class Lifetimes:
         try:
             await self._places.cancel_opening(live)
             if live.closing is not None:
+                if live.quiet is not None:
+                    live.quiet.set()  # a move waits no longer for calls that end now
                 await asyncio.wait({live.closing})
             try:
                 await self._places.backend_of(live).close(live.session_id)

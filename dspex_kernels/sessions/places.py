@@ -210,6 +210,8 @@ class Places:
         """Empty a place and leave it. Runs as ``live.closing``."""
         try:
             while live.asking:
+                if live.ending is not None:
+                    raise not_found(live.session_id)
                 live.quiet = asyncio.Event()
                 try:
                     async with asyncio.timeout_at(deadline):

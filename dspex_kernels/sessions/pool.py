@@ -27,6 +27,8 @@ BESIDE_CALLS = 500
 """Requests that may wait on a kernel beside the calls that have their turn: sessions that are opened and closed."""
 FIRST_PAUSE = 0.2
 """Seconds before a slot starts again after one kernel that died at once; doubled for each further one."""
+RETRY_PAUSE = 300.0
+"""Seconds after which a slot that has left the pool is tried again: the cause may be gone."""
 LONGEST_PAUSE = 30.0
 """Seconds that a slot waits at most between two starts."""
 
@@ -59,6 +61,8 @@ class _Slot:
     """Kernels in a row that died before they answered a call."""
     failed: str = ""
     """Why it has left the pool; "" while it is in."""
+    failed_at: float = 0.0
+    """When that was, on the loop's clock."""
     final: bool = False
     """It left because kernels are not to be replaced (``restart_strategy``)."""
 
@@ -257,12 +261,18 @@ class KernelPool(LoggingConfigurable):
             self._looking = self._tasks.spawn(self._look())
         while len(self._slots) < self.size:
             self._slots.append(_Slot(len(self._slots)))
-        if all(slot.failed for slot in self._slots):  # somebody wants one now: the cause may be gone
-            for slot in [slot for slot in self._slots if not slot.final][:1]:
-                slot.failed = ""
+        self._try_again()
         for slot in self._slots:
             if slot.serving is None and slot.task is None and not slot.failed:
                 slot.task = self._tasks.spawn(self._start(slot))
+
+    def _try_again(self) -> None:
+        """Let slots that had left the pool have one more kernel: one if there is none, each after a while."""
+        now = asyncio.get_running_loop().time()
+        lost = [slot for slot in self._slots if slot.failed and not slot.final]
+        due = [slot for slot in lost if now - slot.failed_at >= RETRY_PAUSE]
+        for slot in due or (lost[:1] if all(slot.failed for slot in self._slots) else []):
+            slot.failed = ""
 
     async def _start(self, slot: _Slot) -> None:
         """Give a slot its next kernel. Runs as ``slot.task``."""
@@ -324,7 +334,7 @@ class KernelPool(LoggingConfigurable):
     def _count_quick_death(self, slot: _Slot, why: str) -> None:
         slot.quick_deaths += 1
         if slot.quick_deaths > self.max_restarts:
-            slot.failed = why
+            slot.failed, slot.failed_at = why, asyncio.get_running_loop().time()
             self.log.error("pool slot %d leaves the pool: %s", slot.number, why)
 
     def _retire(self, member: PoolKernel, why: str, within: float | None, reason: RecycleReason) -> None:

@@ -314,7 +314,10 @@ class PooledBackend(SessionBackend):
     def _take_reply(self, content: dict[str, Any]) -> None:
         """Called by the connections with every reply."""
         room = self._rooms.get(content.get("session_id") or "")
-        if room is None or content.get("kernel_id") != room.member.kernel_id:
+        if room is None or (content.get("kernel_id"), content.get("generation")) != (
+            room.member.kernel_id,
+            room.generation,
+        ):
             return  # of a session that has left: what it may have changed was acknowledged to nobody
         room.member.answered += 1
         if changes := content.get("changes"):

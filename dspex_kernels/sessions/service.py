@@ -261,11 +261,17 @@ class SessionService(LoggingConfigurable):
             await self._keeper.stop()
             if pending := self._carrier.running | self._tasks.running:
                 await asyncio.wait(pending, timeout=STOP_TIMEOUT)
-            for live in self._registry:
-                if live.held:
-                    await self._keep_last(live)
+            await self._keep_all()
             await self._tenure.end()
             await self._store.close()
+
+    async def _keep_all(self) -> None:
+        """Keep what the kernels' ends left to be kept; what takes too long is found again by the next service."""
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await asyncio.gather(*(self._keep_last(live) for live in self._registry if live.held))
+        except TimeoutError:
+            self.log.warning("the last of what sessions did could not be kept within %g s", STOP_TIMEOUT)
 
     async def _keep_last(self, live: LiveSession) -> None:
         if live.record.directory is not None:

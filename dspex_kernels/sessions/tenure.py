@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -29,10 +30,14 @@ LEASE = 15.0
 """Seconds after its last renewal from when a service on another machine counts as dead."""
 RENEW_INTERVAL = 4.0
 """Seconds between renewals: three may fail."""
+RENEW_TIMEOUT = 10.0
+"""Seconds for the store to answer a renewal; what waits for the lease waits as long."""
 DYING_TIMEOUT = 8.0
 """Seconds to wait for the kernels of a service on this machine whose process is gone."""
 DYING_PAUSE = 0.05
 """Seconds between two looks at that."""
+KERNELS_TIMEOUT = 15.0
+"""Seconds after which the kernels of a service whose process is gone are gone too: its guardian ends them in 10."""
 
 
 class Tenure:
@@ -64,14 +69,14 @@ class Tenure:
         self._deposed = deposed
         self._renewing: asyncio.Task[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
-        self._expires_at = datetime.min.replace(tzinfo=UTC)
+        self._lapses_at = 0.0
         self.times_deposed = 0
         """How often another service has taken this one for dead."""
 
     @property
     def is_lapsed(self) -> bool:
         """Whether the lease has run out, as after a sleep: the sessions may be another's by now."""
-        return datetime.now(UTC) >= self._expires_at
+        return _now() >= self._lapses_at
 
     async def begin(self) -> None:
         """Register this service; what is left of dead ones is freed.
@@ -122,13 +127,15 @@ class Tenure:
                 holder = next(
                     (s for s in await self._store.services() if s.service_id == taken.details["holder"]), None
                 )
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
                 if holder is None:
                     continue
                 if await self._is_dead(holder):
                     await self._bury(holder)
                     continue
                 # Its process is gone and its lock is held: its kernels are just being ended.
-                if not _is_dying(holder) or asyncio.get_running_loop().time() > deadline:
+                if not _is_dying(holder):
                     raise
             await asyncio.sleep(DYING_PAUSE)
 
@@ -145,14 +152,14 @@ class Tenure:
         if service.host == socket.gethostname():
             held = await asyncio.to_thread(_is_held, self._path_of(service.service_id))
             if held is not None:
-                return not held
+                return not held or _is_left_locked(service)
         return service.expires_at < datetime.now(UTC)
 
     async def confirm(self) -> None:
         """Return when the lease holds; where it has run out it is renewed, or what another has is given up first.
 
         Raises:
-            StoreError: The store cannot be asked.
+            StoreError: The store cannot be asked, or does not answer within ``RENEW_TIMEOUT``.
         """
         if self.is_lapsed:
             await asyncio.shield(self._begin_renewal())
@@ -161,20 +168,29 @@ class Tenure:
         """The renewal that is under way, or a new one: who waits for the lease waits for the same."""
         if self._renewal is None or self._renewal.done():
             self._renewal = asyncio.create_task(self._renew_once())
+            self._renewal.add_done_callback(self._renewed)
         return self._renewal
+
+    def _renewed(self, renewal: asyncio.Task[None]) -> None:
+        if not renewal.cancelled() and (failure := renewal.exception()) is not None:
+            self._log.warning("service %s could not renew its lease: %s", self.service_id, failure)
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_INTERVAL)
-            renewal = self._begin_renewal()
-            await asyncio.wait({renewal})
-            if not renewal.cancelled() and (failure := renewal.exception()) is not None:
-                self._log.warning("service %s could not renew its lease: %s", self.service_id, failure)
+            await asyncio.wait({self._begin_renewal()})
 
     async def _renew_once(self) -> None:
-        expires_at = datetime.now(UTC) + timedelta(seconds=LEASE)
-        if await self._store.renew(self.service_id, expires_at):
-            self._expires_at = expires_at
+        lapses_at, expires_at = _now() + LEASE, datetime.now(UTC) + timedelta(seconds=LEASE)
+        try:
+            async with asyncio.timeout(RENEW_TIMEOUT):
+                is_kept = await self._store.renew(self.service_id, expires_at)
+        except TimeoutError:
+            raise errors.StoreError(
+                f"the store did not answer within {RENEW_TIMEOUT:g} s: see whether it can be reached"
+            ) from None  # the TimeoutError tells nothing more
+        if is_kept:
+            self._lapses_at = lapses_at
             return
         self._log.error("service %s was taken for dead: its sessions are another's now", self.service_id)
         self.times_deposed += 1
@@ -185,17 +201,22 @@ class Tenure:
         await self._register()
 
     async def _register(self) -> None:
-        now = datetime.now(UTC)
+        lapses_at, now = _now() + LEASE, datetime.now(UTC)
         expires_at = now + timedelta(seconds=LEASE)
         await self._store.register(
             ServiceRecord(self.service_id, socket.gethostname(), os.getpid(), now, expires_at)
         )
-        self._expires_at = expires_at
+        self._lapses_at = lapses_at
 
 
 def new_service_id() -> str:
     """A name for a service, never used before."""
     return f"service_{uuid.uuid4().hex[:16]}"
+
+
+def _now() -> float:
+    """Seconds on a clock that nobody sets, and that goes on while the machine sleeps where there is such a one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _make_lock(path: Path) -> int:
@@ -218,7 +239,8 @@ def _is_held(path: Path) -> bool | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared, so that two services that look at once do not take each other for the holder.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
@@ -227,12 +249,25 @@ def _is_held(path: Path) -> bool | None:
 
 
 def _is_dying(service: ServiceRecord) -> bool:
-    if service.host != socket.gethostname():
-        return False
+    return service.host == socket.gethostname() and _has_ended(service.pid)
+
+
+def _is_left_locked(service: ServiceRecord) -> bool:
+    """Whether only a process that the service had forked holds its lock: it and its guardian were both killed."""
+    ended_by = service.expires_at + timedelta(seconds=KERNELS_TIMEOUT)
+    return _has_ended(service.pid) and ended_by < datetime.now(UTC)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process of this machine is gone, or waits only to be reaped."""
     try:
-        os.kill(service.pid, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
         return False
-    return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):  # it ended just now, or there is no /proc
+        return False
+    return state in b"ZX"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from dspex_kernels import errors, logs, tracing
-from dspex_kernels.sessions.happenings import OK, CallEnded, Listeners, PoolSaturated, outcome_of
+from dspex_kernels.sessions.happenings import CallEnded, Listeners, PoolSaturated, outcome_of
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ def watched(
         request_id: The call's name; None is none.
     """
     began = time.monotonic()
-    outcome = OK  # and not the failure itself: with its traceback it would keep all of the call in memory
+    failure: BaseException | None = None
     with (
         logs.of_call(session_id=session_id, request_id=request_id) as named,
         tracing.of_call(command, session_id=session_id, backend=backend, request_id=request_id) as span,
@@ -57,14 +57,15 @@ def watched(
         watch = Watch(named, span)
         try:
             yield watch
-        except BaseException as failure:
-            outcome = outcome_of(failure)
+        except BaseException as raised:
+            failure = raised
             raise
         finally:
+            outcome = outcome_of(failure)
             span.tell("dspex.kernel_id", named.kernel_id)
             span.tell("dspex.queue_wait_s", watch.queue_wait_s)
             span.tell_outcome(outcome)
-            if outcome == errors.PoolSaturated.code:
+            if isinstance(failure, errors.PoolSaturated):
                 listeners.tell(PoolSaturated(backend=backend, session_id=session_id, owner=owner))
             listeners.tell(
                 CallEnded(

@@ -1123,14 +1123,10 @@ def test_of_many_that_publish_at_once_each_gets_a_version_of_its_own(shared_url:
     async def main() -> None:
         async with SQLStore(shared_url) as one, SQLStore(shared_url) as two:
             calls = [(one, two)[n % 2].publish("qa", _program(f"{n}"), by="alice") for n in range(20)]
-            entries = await asyncio.gather(
-                *(
-                    store.publish("qa", _put(text=f"{n} {store}").record, by="me")
-                    for n in range(20)
-                    for store in (one, other)
-                )
-            )
-        assert sorted(entry.version for entry in entries) == list(range(1, 41))
+            entries = await asyncio.gather(*calls)
+            assert sorted(entry.version for entry in entries) == list(range(1, 21))
+            for n, entry in enumerate(entries):
+                assert (await one.library_entry("qa", entry.version)).record == _program(f"{n}")
 
     asyncio.run(main())
 
@@ -1534,14 +1530,13 @@ def test_writers_of_postgresql_see_each_other_whatever_its_default_isolation(pos
             setting = f"""ALTER DATABASE "{name}" SET default_transaction_isolation = 'serializable'"""
             await tool._turns.write(lambda connection: connection.exec_driver_sql(setting))
         async with SQLStore(postgres_url) as one, SQLStore(postgres_url) as other:
-            entries = await asyncio.gather(
-                *(
-                    store.publish("qa", _put(text=str(n)).record, by="me")
-                    for n in range(20)
-                    for store in (one, other)
-                )
-            )
-        assert len({entry.version for entry in entries}) == 20  # the same record as the latest is that version
+            publishing = [
+                store.publish("qa", _put(text=f"{n} of {name}").record, by="me")
+                for n in range(20)
+                for name, store in (("one", one), ("other", other))
+            ]
+            entries = await asyncio.gather(*publishing)
+        assert sorted(entry.version for entry in entries) == list(range(1, 41))
 
     asyncio.run(main())
 
@@ -1550,11 +1545,16 @@ def test_a_writer_that_stopped_in_the_middle_keeps_no_other_from_writing(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "IDLE_TIMEOUT", 0.2)
-    go_on = threading.Event()
+    started, go_on = threading.Event(), threading.Event()
+
+    def stop(_: sa.Connection) -> None:
+        started.set()
+        go_on.wait(10)
 
     async def main() -> None:
         async with _store_with_session(postgres_url) as (stopped, record), SQLStore(postgres_url) as other:
-            late = asyncio.ensure_future(stopped._turns.write(lambda _: go_on.wait(10)))
+            late = asyncio.ensure_future(stopped._turns.write(stop))
+            await asyncio.to_thread(started.wait, 10)
             await other.set_generation(record.session_id, 7)
             go_on.set()
             with pytest.raises(errors.StoreError, match="idle-in-transaction"):

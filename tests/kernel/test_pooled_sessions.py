@@ -18,6 +18,7 @@ from dspex_kernels.errors import CallStopped
 from dspex_kernels.kernel import handlers
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.dispatch import Ask, CommandThread, Dispatcher, Identity
+from dspex_kernels.kernel.ledger import Estimate
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import Threads
@@ -189,6 +190,22 @@ def test_a_session_that_is_opened_again_replaces_what_was_there_and_its_calls_en
     assert pool.ask({"command": "list_programs"})["result"]["count"] == 0
     assert pool.ask({"command": "get_stats"})["result"]["budget"]["lm_calls"] == 9
     assert len(pool.shelf) == 0
+
+
+def test_what_a_replaced_namespace_spends_is_not_told_as_its_sessions(
+    pool: Pool, handle: Callable[..., None]
+) -> None:
+    stubborn = Stubborn()
+    handle(stubborn)
+    replaced = pool.dispatcher.namespace("s")
+    pool.submit(HANDLER)
+    wait_for(stubborn.begun.is_set, what="the call")
+    pool.open()
+    replaced.ledger.settle(replaced.ledger.reserve(Estimate(1, 0.0)), "offline/echo", {"total_tokens": 7}, 0.0)
+    told = pool.ask({"command": "collect_spent"})["result"]
+    stubborn.go.set()
+    assert told == {"spent": {}}
+    wait_for(lambda: not pool.dispatcher.running(), what="its end")
 
 
 @pytest.mark.parametrize("answers", ["in time", "late"])

@@ -106,12 +106,10 @@ def test_lines_from_dspys_threads_name_their_call_and_a_cells_do_not():
         kernel.run(WIDE)
         kernel.run("%dspex add wide")
         kernel.result("execute_program", {"id": "wide", "inputs": {"question": "?"}}, request_id="mine")
-        session_id, kernel_id = (
-            kernel.replies[max(kernel.replies)][0]["content"].get(n) for n in ("session_id", "kernel_id")
-        )
+        whose = kernel.ask("ping", control=True)
         kernel.pump()
         printed = "".join(m["content"]["text"] for m in kernel.iopub if m["header"]["msg_type"] == "stream")
-    told = f"[session={session_id} request=mine kernel={kernel_id}]"
+    told = f"[session={whose['session_id']} request=mine kernel={whose['kernel_id']}]"
     assert sorted(line for line in printed.splitlines() if line) == ["outside", *[f"within {told}"] * 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 from collections.abc import Callable, Coroutine, Iterator
@@ -191,5 +192,29 @@ class TestStartsThatFail:
         async def work() -> None:
             failure = await open_failing("python3", tmp_path)
             assert isinstance(failure, errors.NotADSPexKernel)
+
+        run(work())
+
+    def test_a_start_cancelled_at_any_of_its_first_steps_leaves_nothing_open(self, kernelspec, tmp_path):
+        """The log is opened in a thread, which nobody can cancel: what it opened must be closed all the same."""
+
+        async def work() -> None:
+            kernelspec("import signal; signal.pause()")
+            kernels = Kernels(kernel_name=NAME, policy=LMPolicy())
+            backend = DedicatedBackend(kernels)
+            await kernels.start()
+            try:
+                for turns in (*range(6), 20):
+                    opening = asyncio.create_task(backend.open(record(tmp_path), timeout=30))
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    opening.cancel()
+                    await asyncio.wait({opening})
+                    assert opening.cancelled()
+                    assert backend.get_place("s") is None
+            finally:
+                await backend.stop()
+                await kernels.stop()
+            gc.collect()  # an open file that nobody holds any more is a warning, and so a failure
 
         run(work())

@@ -99,6 +99,27 @@ def test_a_reply_that_answers_nobody_is_logged_counted_and_dropped(caplog):
     run(work())
 
 
+def test_a_reply_that_cannot_be_taken_in_is_not_acknowledged_and_others_are_read_on(caplog):
+    async def work() -> None:
+        def take(content: dict[str, Any]) -> None:
+            if content["result"] == {"n": 1}:
+                raise RuntimeError("no room for it")
+
+        async def answer(kernel: ScriptedKernel, message: dict[str, Any]) -> dict[str, Any]:
+            return ok({"n": len(kernel.requests)})
+
+        async with (
+            ScriptedKernel(answer) as kernel,
+            KernelConnection(kernel.connection_info, on_reply=take) as link,
+        ):
+            with pytest.raises(errors.InvalidMessage, match="RuntimeError"):
+                await link.request("list_programs", timeout=10)
+            assert (await link.request("list_programs"))["n"] == 2
+            assert "a reply could not be taken in" in caplog.text
+
+    run(work())
+
+
 def test_control_commands_travel_on_control_and_all_others_on_shell():
     async def work() -> None:
         async with ScriptedKernel() as kernel, KernelConnection(kernel.connection_info) as link:

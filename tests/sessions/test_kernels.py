@@ -153,15 +153,25 @@ def test_a_kernel_that_cannot_be_watched_any_more_counts_as_dead(tmp_path, caplo
     run(work())
 
 
-def test_kernels_that_nobody_ended_end_with_stop(tmp_path, monkeypatch, caplog):
+def test_kernels_that_nobody_ended_end_with_stop_and_are_not_told_dead(tmp_path):
     async def work() -> None:
-        monkeypatch.setattr(kernels_module, "STOP_TIMEOUT", 0.1)
         async with started(tmp_path) as service:
             await service.kernel()
             await service.kernel()
-        assert "did not end within 0.1 s" in caplog.text
+        assert service.deaths == []
 
     run(work())  # that they are gone is what every test is checked for
+
+
+def test_stop_waits_no_longer_than_it_says(tmp_path, monkeypatch, caplog):
+    async def work() -> None:
+        monkeypatch.setattr(kernels_module, "STOP_TIMEOUT", 0.1)
+        async with started(tmp_path) as service:
+            endless = service.kernels._tasks.spawn(asyncio.Event().wait())
+        assert endless.cancelled()
+        assert "1 starts or ends of kernels were not over within 0.1 s" in caplog.text
+
+    run(work())
 
 
 @pytest.mark.parametrize(

@@ -675,6 +675,7 @@ class TestFollowing:
                 service.memory.refusal = errors.ToolNotFound("no tool 'search' here")
                 outcomes = await asyncio.gather(*(seed_of(session) for _ in range(3)), return_exceptions=True)
                 assert {type(outcome) for outcome in outcomes} == {errors.ToolNotFound}
+                assert not any(outcome.retryable for outcome in outcomes), "the session would refuse it again"
                 assert {str(outcome) for outcome in outcomes} == {
                     "program 'qa' follows qa@prod, and its version 2 could not be taken in: no tool 'search' here"
                 }

@@ -284,3 +284,79 @@ def test_a_directory_that_takes_no_lock_is_named_with_its_setting(tmp_path):
             await service.tenure.end()
 
     run(work())
+
+
+def test_a_lock_that_only_a_forked_process_still_holds_keeps_nobody_out(tmp_path):
+    """The service and its guardian were both killed, and a worker that the service had forked lives on."""
+
+    async def work() -> None:
+        async with begun("one", tmp_path) as one:
+            lease = -tenure_module.KERNELS_TIMEOUT - 1
+            await one.store.register(registered("killed", host=socket.gethostname(), pid=dead_pid(), lease=lease))
+            async with SQLStore(f"sqlite:///{tmp_path / 'store.sqlite'}", "killed") as its_store:
+                await its_store.create(new_record("theirs", owner="", backend="pooled", directory=None))
+            with lock_held_by_another_process(tmp_path / "leases" / "killed"):
+                assert (await one.tenure.claim("theirs")).session_id == "theirs"
+
+    run(work())
+
+
+def test_a_killed_service_that_nobody_has_reaped_yet_is_gone():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert tenure_module._has_ended(process.pid)
+    assert tenure_module._has_ended(process.pid)
+    assert not tenure_module._has_ended(os.getpid())
+
+
+def test_a_holder_that_the_store_does_not_know_is_not_asked_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tenure_module, "DYING_TIMEOUT", 0.2)
+
+    async def work() -> None:
+        async with begun("one", tmp_path) as one, begun("other", tmp_path) as other:
+            await make_session(one)
+
+            async def none() -> list[ServiceRecord]:
+                return []
+
+            monkeypatch.setattr(other.store, "services", none)
+            with pytest.raises(errors.SessionNotReady):
+                await other.tenure.claim("s")
+
+    run(work())
+
+
+def test_a_store_that_does_not_answer_a_renewal_is_told_to_who_waits_for_the_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(tenure_module, "RENEW_TIMEOUT", 0.1)
+
+    async def work() -> None:
+        async with begun("one", tmp_path) as one:
+            assert not one.tenure.is_lapsed
+            one.tenure._lapses_at = 0.0
+
+            async def hangs(*_: Any) -> bool:
+                await asyncio.Event().wait()
+                return True
+
+            monkeypatch.setattr(one.store, "renew", hangs)
+            with pytest.raises(errors.StoreError, match="did not answer within"):
+                await one.tenure.confirm()
+            monkeypatch.undo()
+            await one.tenure.confirm()
+            assert not one.tenure.is_lapsed
+
+    run(work())
+
+
+def test_a_clock_that_is_set_neither_ends_nor_prolongs_the_lease(tmp_path, monkeypatch):
+    class ClockThatWasSet(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(days=1)
+
+    async def work() -> None:
+        async with begun("one", tmp_path) as one:
+            monkeypatch.setattr(tenure_module, "datetime", ClockThatWasSet)
+            assert not one.tenure.is_lapsed
+
+    run(work())

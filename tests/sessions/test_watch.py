@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import weakref
 
 import pytest
 
@@ -93,16 +91,3 @@ def test_what_nobody_watches_takes_everything_in():
     watch.waited(0.5)
     watch.asked("k")
     assert Watch().named.kernel_id is None
-
-
-def test_a_failure_is_not_held_on_to(listeners):
-    """It would hold the call's arguments, by its traceback, until a collection of garbage finds the circle."""
-    gone = weakref.ref(failing := errors.StoreError("full"))
-    gc.disable()
-    try:
-        with pytest.raises(errors.StoreError), watched(listeners, **CALL):
-            raise failing
-        del failing
-        assert gone() is None
-    finally:
-        gc.enable()

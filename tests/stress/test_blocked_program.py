@@ -107,7 +107,7 @@ async def pid_of(session: ServiceSession) -> int | None:
 
 async def until_gone(service: SessionService, pid: int) -> None:
     """Return when a kernel has ended, and the service knows."""
-    await wait_until(lambda: not os.path.exists(f"/proc/{pid}"), deadline=60, what=f"the end of kernel {pid}")
+    await wait_until(lambda: not Path(f"/proc/{pid}").exists(), deadline=60, what=f"the end of kernel {pid}")
     living = service._kernels._living
     await wait_until(lambda: all(kernel.pid != pid for kernel in living.values()), what="the service to see it")
 
@@ -197,7 +197,9 @@ def test_after_a_program_that_blocks_its_kernel_all_sessions_come_back(backend, 
             near_s_max=near.longest,
         )
         assert code in {"timeout", "kernel_died"}
-        assert near.outcomes.keys() <= {"ok", "kernel_died"}, "its kernel was not ended before their calls were over"
+        assert near.outcomes.keys() <= {"ok", "kernel_died"}, (
+            "its kernel was not ended before their calls were over"
+        )
         assert far.outcomes.keys() == {"ok"}
 
     asyncio.run(work())

@@ -86,7 +86,9 @@ async def flooding(session: ServiceSession) -> AsyncIterator[list[float]]:
 @pytest.mark.stress
 @pytest.mark.timeout(figures.TIMEOUT + 60)
 @pytest.mark.parametrize(
-    ("backend", "slots"), [("pooled", MANY), ("pooled", FEW), ("dedicated", MANY)], ids=["wide", "narrow", "dedicated"]
+    ("backend", "slots"),
+    [("pooled", MANY), ("pooled", FEW), ("dedicated", MANY)],
+    ids=["wide", "narrow", "dedicated"],
 )
 def test_a_flood_delays_only_whoever_floods(backend, slots, tmp_path):
     async def work() -> None:

@@ -26,7 +26,7 @@ LIFE = 50
 SESSIONS = 200
 """At a time, in the pool."""
 STEADY, LIVES = 3, figures.scaled(8)
-"""With a kernel each: sessions that stay, for a kernel's growth is seen in one that lives; and lives beside them."""
+"""With a kernel each: sessions that stay, for growth is seen in a kernel that lives; and lives beside them."""
 AT_ONCE = 8
 """Calls of a session that stays, at a time."""
 EXECUTED = 8
@@ -61,7 +61,9 @@ class Weight:
 
 
 async def make(service: SessionService, session_id: str) -> ServiceSession:
-    session = await service.create_session(session_id=session_id, lm="offline/echo")
+    # The answer cache is bounded too, but would still be filling up.
+    lm = {"model": "offline/echo", "cache": False}
+    session = await service.create_session(session_id=session_id, lm=lm)
     await session.create_program("qa", "question -> answer")
     return session
 

@@ -136,7 +136,9 @@ def test_sessions_that_move_under_load_lose_nothing(tmp_path, lm_server):
                 travellers.append(Traveller(number, session, lm_server))
                 await travellers[-1].prepare()
             each = -(-MOVES // TRAVELLERS)
-            took = [s for told in await asyncio.gather(*(t.travel(service, each) for t in travellers)) for s in told]
+            took = [
+                s for told in await asyncio.gather(*(t.travel(service, each) for t in travellers)) for s in told
+            ]
             lost = [line for traveller in travellers for line in await traveller.find_lost()]
             figures.tell(
                 "migration",

@@ -104,9 +104,9 @@ class SessionStore(ProgramLibrary):
     database: each sees what the others finished.
 
     A store that was opened for a service changes a session (its contents, fields and secret; deleting it too) only
-    while that service holds it, by ``create`` or ``claim``. Otherwise it raises SessionNotReady and changes nothing,
-    also where nobody holds the session: another service may have had it meanwhile. A store for no service (a
-    tool's) changes all.
+    while that service holds it, by ``create`` or ``claim``. Otherwise it raises SessionNotReady and changes
+    nothing, also where nobody holds the session: another service may have had it meanwhile. A store for no service
+    (a tool's) changes all.
     """
 
     async def __aenter__(self) -> Self:

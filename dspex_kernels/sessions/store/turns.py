@@ -95,7 +95,6 @@ class Turns:
 
         It runs in the order asked among the writes, and no later than its turn among all calls.
         """
-
         thread = self._check_room()
         write = _Write(work)
         self._writes.append(write)
