@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -65,6 +66,13 @@ class DSPexKernelApp(IPKernelApp):
         except errors.DSPexError as refusal:
             self.log.critical("this kernel cannot start: %s", refusal.message)
             self.exit(1)
+        except zmq.ZMQError as failure:
+            # Not exit(): closing would wait for ever for the sockets of threads that have not begun.
+            self.log.critical("this kernel cannot start: a port cannot be bound: %s", failure)
+            for stream in (sys.__stdout__, sys.__stderr__):
+                if stream is not None:
+                    stream.flush()
+            os._exit(1)
         logs.install(find=self._named_call)
 
     def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import zmq.asyncio
 from jupyter_client.kernelspec import NoSuchKernel
@@ -53,6 +53,9 @@ MAX_LAG = 5.0
 """Seconds after which a kernel whose command loop does not come round counts as hung."""
 SUSPICION_AFTER = 2.0
 """Seconds after a call's end that was not its own: by then its program has ended, or counts as stuck."""
+MAX_PORT_ATTEMPTS = 3
+"""Starts of a kernel one of whose ports another process has taken (jupyter_client#487)."""
+PORT_TAKEN = "Address already in use"
 READ_AT_ONCE = 50
 """Kernels whose memory is read at a time: 20 us each."""
 SHUTDOWN_TIMEOUT = 15.0
@@ -265,26 +268,47 @@ class Kernels(LoggingConfigurable):
             KernelStartFailed: It did not come up; nothing is left of it.
             NotADSPexKernel: It is another kind of kernel; nothing is left of it.
         """
-        async with self._starting:
+        attempts = MAX_PORT_ATTEMPTS
+        while True:
+            attempts -= 1
             kernel = Kernel(whose, log_path, link, backend, died)
             began = asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout(timeout):
-                    await self._launch(kernel, env, on_reply, max_pending)
-                    await kernel.connection.identify(timeout=timeout)
-                _check_alive(kernel)
-                kernel.ready = True  # from now on ``died`` tells
-            except BaseException as failure:
-                failed = await self._start_failed(kernel, failure, timeout)
-                if failed is None:
+                async with self._starting:
+                    await self._start(kernel, env, timeout, on_reply, max_pending)
+            except errors.KernelStartFailed as failed:
+                # Jupyter chooses ports before the kernel binds them: another process may be quicker.
+                if not attempts or PORT_TAKEN not in failed.details["log_tail"]:
                     raise
-                raise failed from failure
-        self._living[kernel.kernel_id] = kernel
-        kernel.started_at = asyncio.get_running_loop().time()
-        self._listeners.tell(
-            KernelStarted(backend=backend, kernel_id=kernel.kernel_id, duration_s=kernel.started_at - began)
-        )
-        return kernel
+                self.log.info("%s: a port of its kernel was taken meanwhile; it is started again", whose)
+                continue
+            self._living[kernel.kernel_id] = kernel
+            kernel.started_at = asyncio.get_running_loop().time()
+            self._listeners.tell(
+                KernelStarted(backend=backend, kernel_id=kernel.kernel_id, duration_s=kernel.started_at - began)
+            )
+            return kernel
+
+    async def _start(
+        self,
+        kernel: Kernel,
+        env: Mapping[str, str],
+        timeout: float,
+        on_reply: ReplyListener | None,
+        max_pending: int,
+    ) -> None:
+        """Launch a kernel and wait until it answers; what does not come up is cleared away."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._launch(kernel, env, on_reply, max_pending)
+                await kernel.connection.identify(timeout=timeout)
+            _check_alive(kernel)
+            kernel.ready = True  # from now on ``died`` tells
+        except BaseException as failure:
+            failed = await self._start_failed(kernel, failure, timeout)
+            if failed is None:
+                raise
+            raise failed from failure
 
     async def end(self, kernel: Kernel, error: errors.DSPexError, *, now: bool = False) -> None:
         """End a kernel on request; who waits for it is answered with ``error``.
@@ -344,8 +368,7 @@ class Kernels(LoggingConfigurable):
         self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None, max_pending: int
     ) -> None:
         """Start the process, watch it, and open the connection to it."""
-        log_file = await asyncio.to_thread(kernel_log.open_log, kernel.log_path)
-        with log_file:
+        with await self._open_log(kernel) as log_file:
             # Never cancelled halfway: Jupyter would lose sight of a process that runs already.
             await self._tasks.finish(
                 self._multi.start_kernel(
@@ -371,6 +394,15 @@ class Kernels(LoggingConfigurable):
         )
         await kernel._connection.open()
         self._watch(kernel, manager.provisioner)
+
+    async def _open_log(self, kernel: Kernel) -> IO[bytes]:
+        opening = self._tasks.spawn(asyncio.to_thread(kernel_log.open_log, kernel.log_path))
+        try:
+            log_file: IO[bytes] = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_result)  # a thread cannot be cancelled
+            raise
+        return log_file
 
     async def _start_failed(
         self, kernel: Kernel, failure: BaseException, timeout: float
@@ -463,6 +495,11 @@ class Kernels(LoggingConfigurable):
             link = kernel.link
             if link is not None and link.is_symlink() and not link.exists():  # else it is the next kernel's already
                 link.unlink()
+
+
+def _close_result(opening: asyncio.Task[IO[bytes]]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _check_alive(kernel: Kernel) -> None:

@@ -74,6 +74,15 @@ class Lifetimes:
             if cursor is None:
                 return
 
+    async def adopt(self, session_id: str) -> None:
+        """Know a session that another service made; where there is none, nothing happens."""
+        try:
+            record = await self._store.get(session_id)
+        except errors.SessionNotFound:
+            return
+        if record.status is not SessionStatus.DESTROYED and self._registry.find(session_id) is None:
+            self._registry.add(LiveSession.of(record, reason="another service made it"))
+
     async def begin(self, live: LiveSession) -> None:
         """Write a new session down. Runs as ``live.creating``, to its end.
 

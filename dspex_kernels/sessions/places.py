@@ -15,7 +15,7 @@ from typing import Any
 from dspex_kernels import errors
 from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions import happenings
-from dspex_kernels.sessions.backend import Place, SessionBackend
+from dspex_kernels.sessions.backend import Place, PlaceGone, SessionBackend
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.happenings import Listeners
 from dspex_kernels.sessions.keeper import Keeper
@@ -28,6 +28,8 @@ from dspex_kernels.sessions.store import SessionStore
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
 
+OPEN_ATTEMPTS = 3
+"""Places in a row that may be lost before they are ready; then the callers are told."""
 CANCEL_TIMEOUT = 20.0
 """Seconds in which a start that was cancelled must have ended."""
 
@@ -135,6 +137,8 @@ class Places:
             KernelError: Opening failed.
         """
         self._check_open(live)
+        if self._tenure.is_lapsed:
+            await self._confirm_tenure(live, waiter)
         if live.status is SessionStatus.READY:
             if self.of(live) is not None:
                 return
@@ -150,6 +154,20 @@ class Places:
                 retry_after=1.0,
             )
         await self._wait(live, live.opening, waiter)
+
+    async def _confirm_tenure(self, live: LiveSession, waiter: Waiter) -> None:
+        """After a sleep, be sure that the session is not another service's by now, before anything of it runs."""
+        try:
+            async with asyncio.timeout_at(waiter.deadline):
+                await self._tenure.confirm()
+        except TimeoutError:
+            raise errors.CommandTimeout(
+                f"{waiter.command}: the time was over while the service made sure that session {live.session_id!r} "
+                "is still its own; call again, or give more time",
+                details={"session_id": live.session_id, "command": waiter.command},
+                retry_after=1.0,
+            ) from None  # the TimeoutError tells nothing more
+        self._check_open(live)
 
     def withdraw(self, live: LiveSession, request_id: str) -> bool | None:
         """Cancel a call that still waits for its place or its turn. None when the place itself is to be asked."""
@@ -315,11 +333,7 @@ class Places:
                 if self.of(live) is not None:  # or been asked to, and stayed
                     live.become(SessionStatus.READY)
                     return
-            await self._keeper.drain(live)
-            record = live.record if live.fresh else await self._next_record(live)
-            live.fresh = False
-            await backend.open(record, timeout=self._start_timeout)
-            await self._tell_key(live, backend)
+            await self._enter(live, backend)
             if live.status is SessionStatus.STARTING:
                 live.become(SessionStatus.READY)
                 self._tell_restored(live, asyncio.get_running_loop().time() - began)
@@ -331,6 +345,28 @@ class Places:
             raise
         finally:
             live.opening = None
+
+    async def _enter(self, live: LiveSession, backend: SessionBackend) -> None:
+        """Open a place and make it ready; another one, where it is lost meanwhile: nothing of any call has run."""
+        for _ in range(OPEN_ATTEMPTS):
+            times_deposed = self._tenure.times_deposed
+            await self._keeper.drain(live)
+            record = live.record if live.fresh else await self._next_record(live)
+            live.fresh = False
+            await backend.open(record, timeout=self._start_timeout)
+            try:
+                await self._tell_key(live, backend)
+            except (PlaceGone, errors.KernelDied) as lost:
+                self._log.info("session %s: its new place was lost before it was ready: %s", live.session_id, lost)
+                continue
+            if self._tenure.times_deposed == times_deposed:
+                return
+            await backend.close(live.session_id)  # another service may have the session by now
+        raise errors.KernelStartFailed(
+            f"session {live.session_id!r}: {OPEN_ATTEMPTS} places in a row were lost before they were ready; call "
+            "again, and see the kernels' logs",
+            details={"session_id": live.session_id},
+        )
 
     def _hibernate(self, live: LiveSession, why: str) -> None:
         """A session has no place from now on."""

@@ -280,9 +280,15 @@ class SessionService(LoggingConfigurable):
 
     async def _deposed(self) -> None:
         """Another service has our sessions now: end what we have of them."""
-        await asyncio.gather(
-            *(self._places.hibernate(live, "another service took it over") for live in self._registry)
+        sessions = list(self._registry)
+        outcomes = await asyncio.gather(
+            *(self._places.hibernate(live, "another service took it over") for live in sessions),
+            return_exceptions=True,
         )
+        for live, outcome in zip(sessions, outcomes, strict=True):
+            live.held = False
+            if isinstance(outcome, BaseException):
+                self.log.error("session %s could not be given up", live.session_id, exc_info=outcome)
 
     def _changed(self, session_id: str, generation: int, changes: list[dict[str, Any]]) -> None:
         """Called by a backend with what a reply says that its call changed."""
@@ -406,7 +412,7 @@ class SessionService(LoggingConfigurable):
         Raises:
             SessionNotFound: There is none of that id.
         """
-        return self._info(self._get_live(session_id))
+        return self._info(await self._find_live(session_id))
 
     async def get_connection_file(self, session_id: str) -> str | None:
         """The connection file of a session's kernel, for notebooks and consoles; None while it has no kernel.
@@ -415,7 +421,7 @@ class SessionService(LoggingConfigurable):
             SessionNotFound: There is none of that id.
             PolicyDenied: ``allow_code`` is false.
         """
-        live = self._get_live(session_id)
+        live = await self._find_live(session_id)
         if not self.allow_code:
             raise errors.PolicyDenied("sessions take no code here: SessionService.allow_code is false")
         place = self._places.of(live)
@@ -429,7 +435,7 @@ class SessionService(LoggingConfigurable):
             SessionNotReady: Another service on the same store uses it.
             StoreError: The store or the disk refuses; the session stays, or the next start finishes its end.
         """
-        await self._lifetimes.end(self._get_live(session_id))
+        await self._lifetimes.end(await self._find_live(session_id))
 
     async def destroy_sessions(self, *, owner: str) -> int:
         """End all sessions of an owner; how many those were."""
@@ -444,7 +450,7 @@ class SessionService(LoggingConfigurable):
         Raises:
             SessionNotFound: There is none of that id.
         """
-        live = self._get_live(session_id)
+        live = await self._find_live(session_id)
         await self._places.backend_of(live).interrupt(session_id)
 
     async def migrate_session(self, session_id: str, *, backend: str, timeout: float | None = None) -> None:
@@ -463,7 +469,7 @@ class SessionService(LoggingConfigurable):
             InvalidSession: There is no such backend.
             SessionNotFound: There is no such session.
         """
-        live = self._get_live(session_id)
+        live = await self._find_live(session_id)
         target = self._places.backend(backend).name
         with self._carrier.counted(live, None):
             seconds = timeout or self.kernel_start_timeout + self.command_timeout
@@ -537,7 +543,7 @@ class SessionService(LoggingConfigurable):
             KernelDied: The kernel died during the call; the next call brings another.
             ServiceClosed: The service stops.
         """
-        live = self._get_live(session_id)
+        live = await self._find_live(session_id)
         row = get_command(command)
         if row.internal:
             raise errors.UnknownCommand(f"{command!r} is between a service and its kernels: callers cannot ask it")
@@ -564,7 +570,7 @@ class SessionService(LoggingConfigurable):
             CommandTimeout: It still runs.
             SessionNotFound: There is no such session.
         """
-        self._get_live(session_id)
+        await self._find_live(session_id)
         return await self._outcomes.fetch(session_id, request_id, timeout)
 
     async def publish_program(
@@ -622,6 +628,13 @@ class SessionService(LoggingConfigurable):
             raise errors.ServiceClosed(
                 "the session service does not run: use it as `async with SessionService() as service`"
             )
+
+    async def _find_live(self, session_id: str) -> LiveSession:
+        """A session, also one that another service has made since this one began."""
+        self._check_running()
+        if self._registry.find(session_id) is None:
+            await self._lifetimes.adopt(session_id)
+        return self._registry.get(session_id)
 
     def _get_live(self, session_id: str) -> LiveSession:
         self._check_running()

@@ -1489,6 +1489,7 @@ def test_calls_whose_callers_gave_up_count_until_their_turn_comes(
                 for call in (store.count, lambda: store.create(_record())):
                     with pytest.raises(errors.StoreError, match="3 calls waiting"):
                         await call()
+            monkeypatch.setattr(turns, "MAX_WAITING", 10)
             assert await store.count() == 0
 
     asyncio.run(main())

@@ -95,9 +95,9 @@ def test_ten_thousand_sessions_live_in_four_kernels(tmp_path):
         assert pids_of_pool(service) == pids, "a kernel died, or was recycled"
         assert kernel_kib <= KERNEL_KIB
         assert service_kib <= SERVICE_KIB
-        # By what the loop computes, and in the middle by the clock: the kernels and whatever else runs here want the
-        # same two processors, and how long they keep the loop from one is not its doing. Not the longest either:
-        # a full garbage collection goes through all the sessions, some ten times in all.
+        # By what the loop computes, and in the middle by the clock: the kernels want the same two processors, and
+        # how long others keep the loop from one is not its doing. Not the longest either: a full garbage collection
+        # goes through all the sessions, some ten times in all.
         assert busy <= HEALTH_S
         assert quantile(health.seconds, 0.5) <= HEALTH_S
 
