@@ -34,7 +34,7 @@ _FAILED = pytest.StashKey[bool]()
 def _set_environment() -> None:
     for name in _UNWANTED:
         os.environ.pop(name, None)
-    for name in [name for name in os.environ if name.startswith("DSPEX_")]:
+    for name in [name for name in os.environ if name.startswith("DSPEX_") and name != "DSPEX_STRESS"]:
         del os.environ[name]
     DIRECTORIES.make()
     os.environ.update(DIRECTORIES.environment())

@@ -15,7 +15,6 @@ from dspex_kernels.sessions.lifetimes import Lifetimes
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.places import Places
 from dspex_kernels.sessions.registry import Registry
-from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
 
 LOOK_TIMEOUT = 5.0
@@ -38,7 +37,6 @@ class IdleSessions:
         lifetimes: Ends them.
         keeper: Is told that one is in use.
         tenure: Says which are this service's.
-        tasks: Where ends run.
     """
 
     def __init__(
@@ -48,14 +46,12 @@ class IdleSessions:
         lifetimes: Lifetimes,
         keeper: Keeper,
         tenure: Tenure,
-        tasks: Tasks,
     ) -> None:
         self._registry = registry
         self._places = places
         self._lifetimes = lifetimes
         self._keeper = keeper
         self._tenure = tenure
-        self._tasks = tasks
 
     def candidates(self) -> Iterable[str]:
         """Called by the culler."""

@@ -81,7 +81,8 @@ class Keeper:
             self._refuse(live, unread)
             return
         for change in changes:
-            if isinstance(change, Spent):
+            # Totals only grow, and come over two channels: the older may be the later to arrive.
+            if isinstance(change, Spent) and (live.spent is None or _calls(change) >= _calls(live.spent)):
                 live.spent = change
                 self._spent[live.session_id] = live
         kept: list[Change] = [change for change in changes if not isinstance(change, Spent)]
@@ -208,11 +209,15 @@ class Keeper:
             return
         try:
             await self._store.save_changes(live.session_id, [live.spent])
-        except errors.SessionNotFound:
-            return  # it has been destroyed meanwhile
+        except (errors.SessionNotFound, errors.SessionNotReady):
+            return  # it has been destroyed meanwhile, or is another service's
         except errors.DSPexError as failure:
             self._log.warning("session %s: what it spent could not be kept: %s", live.session_id, failure)
             self._spent.setdefault(live.session_id, live)
+
+
+def _calls(spent: Spent) -> tuple[int, int]:
+    return spent.ok + spent.error + spent.aborted, spent.lm_calls
 
 
 def _read_if_there(path: Path) -> bytes:

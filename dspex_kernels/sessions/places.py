@@ -224,23 +224,32 @@ class Places:
         live.closing = self._tasks.spawn(self._moved(live, leave, deadline))
         await asyncio.shield(live.closing)
 
+    async def _until_quiet(self, live: LiveSession, deadline: float) -> None:
+        """Return when no call is in a session's place.
+
+        Raises:
+            CommandTimeout: Not by the deadline.
+            SessionNotFound: The session is being destroyed.
+        """
+        while live.asking:
+            if live.ending is not None:
+                raise not_found(live.session_id)
+            live.quiet = asyncio.Event()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await live.quiet.wait()
+            except TimeoutError:
+                raise errors.CommandTimeout(
+                    f"session {live.session_id!r} stays where it is: {live.asking} of its calls still run; "
+                    "cancel them, or give more time",
+                    details={"session_id": live.session_id, "running": live.asking},
+                    retry_after=1.0,
+                ) from None  # the TimeoutError tells nothing more
+
     async def _moved(self, live: LiveSession, leave: Callable[[], Awaitable[None]], deadline: float) -> None:
         """Empty a place and leave it. Runs as ``live.closing``."""
         try:
-            while live.asking:
-                if live.ending is not None:
-                    raise not_found(live.session_id)
-                live.quiet = asyncio.Event()
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        await live.quiet.wait()
-                except TimeoutError:
-                    raise errors.CommandTimeout(
-                        f"session {live.session_id!r} stays where it is: {live.asking} of its calls still run; "
-                        "cancel them, or give more time",
-                        details={"session_id": live.session_id, "running": live.asking},
-                        retry_after=1.0,
-                    ) from None  # the TimeoutError tells nothing more
+            await self._until_quiet(live, deadline)
             await leave()
         except errors.StoreError:
             await self.backend_of(live).close(live.session_id)  # it may hold what the store does not

@@ -216,7 +216,7 @@ class SessionService(LoggingConfigurable):
         )
         self._migration = Migration(self._store, self._places, self._keeper, self._sessions_dir, self.log)
         self._culler = Culler(
-            IdleSessions(self._registry, self._places, self._lifetimes, self._keeper, self._tenure, self._tasks),
+            IdleSessions(self._registry, self._places, self._lifetimes, self._keeper, self._tenure),
             self._cull_policy,
             interval=self.cull_interval,
             log=self.log,
@@ -281,12 +281,13 @@ class SessionService(LoggingConfigurable):
     async def _deposed(self) -> None:
         """Another service has our sessions now: end what we have of them."""
         sessions = list(self._registry)
+        await asyncio.gather(*(self._places.cancel_opening(live) for live in sessions))
         outcomes = await asyncio.gather(
             *(self._places.hibernate(live, "another service took it over") for live in sessions),
             return_exceptions=True,
         )
         for live, outcome in zip(sessions, outcomes, strict=True):
-            live.held = False
+            live.held, live.spent = False, None
             if isinstance(outcome, BaseException):
                 self.log.error("session %s could not be given up", live.session_id, exc_info=outcome)
 

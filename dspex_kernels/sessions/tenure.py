@@ -145,8 +145,9 @@ class Tenure:
     async def _bury(self, service: ServiceRecord) -> None:
         """Free a dead service's sessions."""
         self._log.info("service %s (pid %d on %s) is dead", service.service_id, service.pid, service.host)
-        await self._store.bury(service.service_id)
-        await asyncio.to_thread(self._path_of(service.service_id).unlink, missing_ok=True)
+        # Not if it has shown itself meanwhile.
+        if await self._store.bury(service.service_id, seen=service.expires_at):
+            await asyncio.to_thread(self._path_of(service.service_id).unlink, missing_ok=True)
 
     async def _is_dead(self, service: ServiceRecord) -> bool:
         if service.host == socket.gethostname():
