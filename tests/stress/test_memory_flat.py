@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,11 @@ async def ask(session: ServiceSession, number: int) -> None:
         await session.execute_program("qa", {"question": f"{session.session_id}, {number}"})
 
 
+def questions(session: ServiceSession, calls: int) -> Iterator[Coroutine[Any, Any, None]]:
+    """Made when they are asked: all at once would weigh more than what is weighed."""
+    return (ask(session, number) for number in range(calls))
+
+
 async def live(service: SessionService, session_id: str) -> None:
     """A session's life: two of its calls are those that make it."""
     session = await make(service, session_id)
@@ -108,8 +113,8 @@ def test_a_pool_stays_as_it_was(tmp_path):
             pids = pids_of_pool(service)
             names = (f"life-{number}" for number in itertools.count())
 
-            def lives(calls: int) -> list[Coroutine[Any, Any, None]]:
-                return [live(service, name) for name in itertools.islice(names, calls // LIFE)]
+            def lives(calls: int) -> Iterator[Coroutine[Any, Any, None]]:
+                return (live(service, name) for name in itertools.islice(names, calls // LIFE))
 
             await side_by_side(lives(WARM_UP), SESSIONS)
             before = Weight.of(pids)
@@ -134,10 +139,9 @@ def test_kernels_of_sessions_stay_as_they_were(tmp_path):
             async def stage(calls: int, lives: int) -> None:
                 """So many calls; beside them sessions come and go, a kernel each."""
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(side_by_side([live(service, next(names)) for _ in range(lives)], 1))
+                    group.create_task(side_by_side((live(service, next(names)) for _ in range(lives)), 1))
                     for session in steady:
-                        asked = [ask(session, number) for number in range(calls // STEADY)]
-                        group.create_task(side_by_side(asked, AT_ONCE))
+                        group.create_task(side_by_side(questions(session, calls // STEADY), AT_ONCE))
                 await wait_until(lambda: len(service._kernels._living) == STEADY, what="the others' kernels to end")
 
             await stage(WARM_UP, 1)

@@ -176,7 +176,7 @@ def test_a_session_with_a_tool_of_its_notebook_stays_whole(tmp_path):
                 await run_cell(client, "%dspex add look")
                 await run_cell(client, '%dspex create looks "question -> answer" --module ReAct --tools look')
                 before = await session.info(), await session.call("list_programs")
-                refused = await asyncio.gather(*(refusal(service) for _ in range(figures.scaled(10))))
+                refused = [await refusal(service) for _ in range(figures.scaled(10))]
                 after = await session.info(), await session.call("list_programs")
                 await run_cell(client, "assert look('there') == 'a spoon'")
                 told = await session.execute_program("qa", {"question": "?"})
