@@ -49,8 +49,19 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
+_THERE_BEFORE: set[int] = set()
+"""Processes that fixtures of the whole run have started: a database server."""
+
+
+@pytest.fixture(autouse=True)
+def _knows_what_was_there() -> None:
+    _THERE_BEFORE.clear()
+    _THERE_BEFORE.update(child.pid for child in psutil.Process().children(recursive=True))
+
+
 def children() -> list[int]:
-    return [child.pid for child in psutil.Process().children(recursive=True)]
+    found = (child.pid for child in psutil.Process().children(recursive=True))
+    return [pid for pid in found if pid not in _THERE_BEFORE]
 
 
 @pytest.mark.parametrize("sealed", [True, False], ids=["with-a-vault", "without"])

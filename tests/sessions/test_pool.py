@@ -84,6 +84,20 @@ async def started(
         await kernels.stop()
 
 
+_THERE_BEFORE: set[int] = set()
+"""Processes that fixtures of the whole run have started: a database server."""
+
+
+@pytest.fixture(autouse=True)
+def _knows_what_was_there() -> None:
+    _THERE_BEFORE.clear()
+    _THERE_BEFORE.update(child.pid for child in psutil.Process().children())
+
+
+def kernels_of_the_test() -> list[int]:
+    return [child.pid for child in psutil.Process().children() if child.pid not in _THERE_BEFORE]
+
+
 def run(work: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(90):
@@ -114,7 +128,7 @@ class TestStarting:
         async def work() -> None:
             async with started(tmp_path, kernelspec(LIVES), size=2) as (pool, told):
                 assert pool.figures()["starting"] == 0
-                assert psutil.Process().children() == []
+                assert kernels_of_the_test() == []
                 member = await pool.pick(60)
                 assert member in pool.serving
                 await serving(pool, 2)
@@ -286,9 +300,9 @@ class TestResizing:
     def test_a_slot_that_is_taken_away_while_its_kernel_starts_leaves_nothing(self, tmp_path, kernelspec):
         async def work() -> None:
             async with started(tmp_path, kernelspec("signal.pause()"), size=3, prestart=True) as (pool, _):
-                await wait_until(lambda: len(psutil.Process().children()) == 3, what="the processes")
+                await wait_until(lambda: len(kernels_of_the_test()) == 3, what="the processes")
                 await pool.resize(1)
-                await wait_until(lambda: len(psutil.Process().children()) == 1, deadline=30, what="their end")
+                await wait_until(lambda: len(kernels_of_the_test()) == 1, deadline=30, what="their end")
                 assert pool.figures()["starting"] == 1
 
         run(work())
