@@ -18,9 +18,9 @@ from tests.stress import figures
 from tests.stress.services import descriptors_of, memory_of, own_memory, pids_of_pool, side_by_side, started
 from tests.waiting import wait_until
 
-CALLS = figures.scaled(100_000)
-WARM_UP = CALLS // 10
+WARM_UP = 10_000
 """Calls after which nothing may grow any more."""
+CALLS = max(figures.scaled(100_000), 2 * WARM_UP)
 LIFE = 50
 """Calls of a session that comes and goes."""
 SESSIONS = 200
