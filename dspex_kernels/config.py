@@ -37,7 +37,35 @@ ENV_LIMITS_DIR = "DSPEX_LIMITS_DIR"
 """Where the kernels of a service share what they count for the provider limits (0700)."""
 
 
-class LMPolicy(Configurable):
+class Strict(Configurable):
+    """Settings that refuse a name they do not know: misspelt, it would restrict nothing."""
+
+    def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
+        """Called by traitlets with the configuration. It only warns of a name it does not know."""
+        known = sorted(self.trait_names(config=True))
+        unknown = [name for name in self._find_my_config(cfg) if name not in known and not name[0].isupper()]
+        if unknown:
+            raise TraitError(
+                f"{type(self).__name__} has no {', '.join(unknown)}: there are {', '.join(known)}; a setting that "
+                "is misspelt would restrict nothing"
+            )
+        super()._load_config(cfg, section_names, traits)
+
+
+def _read_told(text: str, variable: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a service told its kernel in a variable, as JSON.
+
+    Raises:
+        ValueError: It is no object, or holds another name.
+    """
+    data = json.loads(text)
+    unknown = sorted(set(data) - set(names)) if isinstance(data, dict) else ["no object"]
+    if unknown:
+        raise ValueError(f"{variable} holds {', '.join(unknown)}: there are {', '.join(names)}")
+    return dict(data)
+
+
+class LMPolicy(Strict):
     """Which models, hosts and environment variables an LM profile may name.
 
     A service with many owners starts from nothing allowed but the offline LM; one owner may do all. Without
@@ -113,22 +141,7 @@ class LMPolicy(Configurable):
         Raises:
             ValueError: It is not one; a name that is not known could have been meant as a restriction.
         """
-        data = json.loads(text)
-        unknown = sorted(set(data) - set(_POLICY_TRAITS)) if isinstance(data, dict) else ["no object"]
-        if unknown:
-            raise ValueError(f"{ENV_LM_POLICY} holds {', '.join(unknown)}: there are {', '.join(_POLICY_TRAITS)}")
-        return cls(**data)
-
-    def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
-        """Called by traitlets with the configuration. It only warns of a name it does not know."""
-        known = set(self.trait_names(config=True))
-        unknown = [name for name in self._find_my_config(cfg) if name not in known and not name[0].isupper()]
-        if unknown:
-            raise TraitError(
-                f"LMPolicy has no {', '.join(unknown)}: there are {', '.join(_POLICY_TRAITS)}; a policy that is "
-                "misspelt would allow everything"
-            )
-        super()._load_config(cfg, section_names, traits)
+        return cls(**_read_told(text, ENV_LM_POLICY, _POLICY_TRAITS))
 
 
 _POLICY_TRAITS = ("unrestricted", "allowed_models", "allowed_hosts", "allowed_keys")
@@ -165,7 +178,7 @@ MAX_QUOTA = 10**9
 """The largest number a minute may be limited to."""
 
 
-class ProviderLimits(Configurable):
+class ProviderLimits(Strict):
     """What all kernels of a service together may ask of a provider, and when they leave a failing one alone.
 
     A quota holds for each endpoint and key by itself, in any 60 seconds: a provider's own address is one endpoint,
@@ -216,28 +229,11 @@ class ProviderLimits(Configurable):
             ValueError: It holds a name that is not known, which could have been meant as a limit.
             TraitError: A limit is none.
         """
-        data = json.loads(text)
-        unknown = sorted(set(data) - set(_LIMIT_TRAITS)) if isinstance(data, dict) else ["no object"]
-        if unknown:
-            raise ValueError(
-                f"{ENV_PROVIDER_LIMITS} holds {', '.join(unknown)}: there are {', '.join(_LIMIT_TRAITS)}"
-            )
-        return cls(**data)
+        return cls(**_read_told(text, ENV_PROVIDER_LIMITS, _LIMIT_TRAITS))
 
     @validate("limits")
     def _check_limits(self, proposal: Any) -> dict[str, dict[str, int]]:
         return {_limited_name(name): _checked_quota(name, quota) for name, quota in proposal["value"].items()}
-
-    def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
-        """Called by traitlets with the configuration. It only warns of a name it does not know."""
-        known = set(self.trait_names(config=True))
-        unknown = [name for name in self._find_my_config(cfg) if name not in known and not name[0].isupper()]
-        if unknown:
-            raise TraitError(
-                f"ProviderLimits has no {', '.join(unknown)}: there are {', '.join(_LIMIT_TRAITS)}; a limit that "
-                "is misspelt would limit nothing"
-            )
-        super()._load_config(cfg, section_names, traits)
 
 
 _LIMIT_TRAITS = ("limits", "breaker_failures", "breaker_window", "breaker_reset")
