@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,6 +36,29 @@ ENV_PROVIDER_LIMITS = "DSPEX_PROVIDER_LIMITS"
 """The ProviderLimits as JSON."""
 ENV_LIMITS_DIR = "DSPEX_LIMITS_DIR"
 """Where the kernels of a service share what they count for the provider limits (0700)."""
+ENV_FORK = "DSPEX_FORK"
+"""``0``: kernels are started anew instead of being forked, in any application that starts them."""
+
+HOST_SECRETS = (
+    "JUPYTER*_TOKEN",
+    "JUPYTER_TOKEN_FILE",
+    "JUPYTERHUB_*SECRET*",
+    "JUPYTERHUB_CRYPT_KEY",
+    "JPY_*TOKEN",
+    "CONFIGPROXY_AUTH_TOKEN",
+    "DSPEX_CRYPT_KEY",
+)
+"""Variables that belong to whoever starts kernels: no kernel gets them."""
+
+
+def host_secrets(names: Iterable[str]) -> list[str]:
+    """Those of the variables that no kernel gets."""
+    return [name for name in names if matches(name, HOST_SECRETS)]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a variable's name, in capitals, is one of the patterns' (``fnmatch``)."""
+    return any(fnmatch.fnmatchcase(name.upper(), pattern) for pattern in patterns)
 
 
 class Strict(Configurable):

@@ -16,6 +16,12 @@ started is ended by the service, or by the next one's sweep.
 
 What is to be removed at the service's end stands in the service's directory, one record a launch. It is written
 before the kernel's program runs, so that what a killed guardian leaves is known.
+
+Kernels are also forked, by a *fork server* (``forkserver``): a process that we launched, and that forks twice. The
+process between them announces the kernel to us and ends, and so the kernel becomes our child as if we had
+launched it; a fork server that dies takes none along. The announcement is in its socket before the kernel can be
+seen among our children: whoever reads the children first and the sockets then takes no kernel for an orphan. A
+forked kernel waits until it is assigned: until it is told its arguments, environment and streams.
 """
 
 # Importing pathlib would cost another 1 MB and 3 ms: a sixth of the start.
@@ -46,6 +52,12 @@ FRAME = struct.Struct("!I")
 """A message's length in bytes; the message is JSON."""
 STREAMS = 3
 """Descriptors that come with a launch: stdin, stdout, stderr."""
+ASSIGNED = 1 + STREAMS
+"""Descriptors that come with an assignment: a file that tells whose kernel it is, and the streams."""
+GO, ASSIGN = b"g", b"a"
+"""What a process reads off its channel: that there is a record of it; that an assignment's descriptors are here."""
+MESSAGE_BYTES = 1 << 16
+"""The longest message between us and a fork server."""
 LOCK_NAME = "lock"
 RECORD_SUFFIX = ".json"
 PART_SUFFIX = ".part"
@@ -54,8 +66,8 @@ END_TIMEOUT = 10.0
 GONE_TIMEOUT = 1.0
 """Seconds for a service whose end of the socket is closed to be gone: a process closes its files before it ends."""
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _CHUNK_BYTES = 1 << 16
 
@@ -67,14 +79,31 @@ class Launched:
 
     Args:
         key: Its name on both sides, and its record's.
-        pid: Its process id; it leads a session and group of its own.
+        pid: Its process id; it leads a session and group of its own. 0 until it is forked.
         channel: Open until its program runs: we say "go", it says what went wrong.
+        asked: The request that is answered when it closes its end of the channel.
     """
 
-    def __init__(self, key: str, pid: int, channel: socket.socket) -> None:
+    def __init__(self, key: str, pid: int, channel: socket.socket, asked: int) -> None:
         self.key = key
         self.pid = pid
         self.channel: socket.socket | None = channel
+        self.asked = asked
+
+
+class ForkServer:
+    """A process that forks for us, one kernel after another: a queue of ours never fills its socket.
+
+    Args:
+        connection: Its stdin's other end, a ``SOCK_SEQPACKET``.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.waiting: list[tuple[str, int]] = []
+        """Who is to be forked next: the key, and the request that is answered."""
+        self.forking: Launched | None = None
+        """Who is being forked now."""
 
 
 class Guardian:
@@ -93,6 +122,7 @@ class Guardian:
         self._received = bytearray()
         self._descriptors: list[int] = []
         self._launched: dict[int, Launched] = {}
+        self._fork_servers: dict[str, ForkServer] = {}
         self._records = dict(read_records(directory))
         self._serving = True
         self._asked = False
@@ -146,7 +176,7 @@ class Guardian:
         self._serving = False
 
     def _receive(self) -> None:
-        space = socket.CMSG_SPACE(STREAMS * array.array("i").itemsize)
+        space = socket.CMSG_SPACE(ASSIGNED * array.array("i").itemsize)
         try:
             data, ancillary, _, _ = self._connection.recvmsg(_CHUNK_BYTES, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:
@@ -173,6 +203,10 @@ class Guardian:
         operation, key = request["do"], request.get("key", "")
         if operation == "launch":
             self._launch(key, request)
+        elif operation == "fork":
+            self._fork(key, request)
+        elif operation == "assign":
+            self._assign(key, request)
         elif operation == "signal":
             self._tell(told=request["id"], sent=self._signal(key, request["signum"]))
         elif operation == "remember":
@@ -190,34 +224,55 @@ class Guardian:
             self._serving = False
 
     def _launch(self, key: str, request: dict[str, Any]) -> None:
-        streams, self._descriptors = self._descriptors[:STREAMS], self._descriptors[STREAMS:]
+        streams = self._take_descriptors(STREAMS)
+        if request["forks"]:
+            self._expect_fork_server(key, streams)
         ours, theirs = socket.socketpair()
         guardian, pid = os.getpid(), 0
         try:
             pid = os.fork()
             if pid == 0:
                 run(request, streams, theirs, guardian)
-            record = {
-                "pid": pid,
-                "start_time": start_time(pid),
-                "boot_id": self._boot_id,
-                "paths": request["paths"],
-            }
-            self._write(key, record)
-            ours.send(b"g")
+            self._record(key, pid, request["paths"])
+            ours.send(GO)
         except OSError as failure:  # no process is to be had, or no record of it: then it must not run
             ours.close()
-            self._tell(failed=key, errno=failure.errno, filename=failure.filename)
-            self._forget(key)
+            self._refuse(key, request["id"], failure)
             if pid:
                 self._kill(pid)
         else:
-            launched = self._launched[pid] = Launched(key, pid, ours)
+            launched = self._launched[pid] = Launched(key, pid, ours, request["id"])
             self._watch(ours.fileno(), lambda: self._started(launched))
         finally:
             theirs.close()
             for descriptor in streams:
                 os.close(descriptor)
+
+    def _expect_fork_server(self, key: str, streams: list[int]) -> None:
+        """Put a socket to us in the place of its stdin."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        os.close(streams[0])
+        streams[0] = theirs.detach()
+        self._fork_servers[key] = ForkServer(ours)
+        self._watch(ours.fileno(), lambda: self._hear(key))
+
+    def _take_descriptors(self, number: int) -> list[int]:
+        taken, self._descriptors = self._descriptors[:number], self._descriptors[number:]
+        return taken
+
+    def _refuse(self, key: str, asked: int, failure: OSError) -> None:
+        self._tell(told=asked, errno=failure.errno, filename=failure.filename)
+        self._forget(key)
+
+    def _close_channel(self, launched: Launched) -> None:
+        """A process has ended: whoever waits for its start is answered."""
+        if launched.channel is None:
+            return
+        if launched.channel.fileno() in self._readers:
+            self._started(launched)
+        else:  # it was forked, and nobody's yet
+            launched.channel.close()
+            launched.channel = None
 
     def _started(self, launched: Launched) -> None:
         """The process's program runs, or could not be run: its end of the channel is closed."""
@@ -232,27 +287,134 @@ class Guardian:
             failure = b""
         channel.close()
         if failure:
-            self._tell(failed=launched.key, **json.loads(failure))
+            self._tell(told=launched.asked, **json.loads(failure))
             self._forget(launched.key)
         else:
-            self._tell(launched=launched.key, pid=launched.pid)
+            self._tell(told=launched.asked, pid=launched.pid)
+
+    def _fork(self, key: str, request: dict[str, Any]) -> None:
+        server = self._fork_servers.get(request["server"])
+        if server is None:
+            self._refuse(key, request["id"], ConnectionError(errno.ECONNRESET, "fork server"))
+            return
+        server.waiting.append((key, request["id"]))
+        self._fork_next(server)
+
+    def _fork_next(self, server: ForkServer) -> None:
+        while server.forking is None and server.waiting:
+            key, asked = server.waiting.pop(0)
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError as failure:
+                self._refuse(key, asked, failure)
+                continue
+            with theirs:
+                try:
+                    socket.send_fds(server.connection, [b"%d" % os.getpid()], [theirs.fileno()])
+                except OSError as failure:  # it is gone: its socket's end is read next
+                    ours.close()
+                    self._refuse(key, asked, failure)
+                else:
+                    server.forking = Launched(key, 0, ours, asked)
+
+    def _hear(self, name: str) -> None:
+        """Called when a fork server says something, and before a child of ours is taken for an orphan."""
+        server = self._fork_servers.get(name)
+        while server is not None:
+            try:
+                text = server.connection.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                text = b""
+            if not text:
+                self._lose(name)
+                return
+            self._heed(name, server, json.loads(text))
+
+    def _heed(self, name: str, server: ForkServer, message: dict[str, Any]) -> None:
+        launched = server.forking
+        if launched is None:
+            self._tell(template=name, **message)  # whether it can fork at all
+        elif "pid" in message:  # comes to us when the process between has ended
+            launched.pid = message["pid"]
+            self._launched[launched.pid] = launched
+        else:
+            server.forking = None
+            self._settle(launched, message["errno"])
+            self._fork_next(server)
+
+    def _settle(self, launched: Launched, number: int) -> None:
+        """A forked kernel is our child now, or (with an error's number) nobody's."""
+        assert launched.channel is not None
+        failure = OSError(number, os.strerror(number)) if number else None
+        if failure is None:
+            try:
+                self._record(launched.key, launched.pid, [])
+                launched.channel.send(GO)
+            except OSError as refused:
+                failure = refused
+        if failure is None:
+            self._tell(told=launched.asked, pid=launched.pid)
+        else:
+            launched.channel.close()  # that ends it, where it is
+            launched.channel = None
+            self._refuse(launched.key, launched.asked, failure)
+
+    def _lose(self, name: str) -> None:
+        """A fork server is gone. Its kernels are ours, but for the one that it was about to hand over."""
+        server = self._fork_servers.pop(name)
+        self._unwatch(server.connection.fileno())
+        server.connection.close()
+        if server.forking is not None:
+            self._settle(server.forking, errno.ECONNRESET)
+        for key, asked in server.waiting:
+            self._refuse(key, asked, ConnectionError(errno.ECONNRESET, "fork server"))
+
+    def _assign(self, key: str, request: dict[str, Any]) -> None:
+        """Pass on to a forked kernel whose it is."""
+        descriptors = self._take_descriptors(ASSIGNED)
+        launched = self._find(key)
+        try:
+            if launched is None or launched.channel is None:
+                raise ConnectionError(errno.ECONNRESET, "kernel")
+            self._record(key, launched.pid, request["paths"])
+            socket.send_fds(launched.channel, [ASSIGN], descriptors)
+        except OSError as failure:
+            self._tell(told=request["id"], errno=failure.errno, filename=failure.filename)
+        else:
+            launched.asked = request["id"]
+            self._watch(launched.channel.fileno(), lambda: self._started(launched))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _find(self, key: str) -> Launched | None:
+        return next((launched for launched in self._launched.values() if launched.key == key), None)
 
     def _signal(self, key: str, signum: int) -> bool:
         """Signal a process's group. Only we reap it, so its id is still its own."""
-        for pid, launched in self._launched.items():
-            if launched.key == key:
-                try:
-                    os.killpg(pid, signum)
-                except (ProcessLookupError, PermissionError):
-                    return False
-                return True
+        launched = self._find(key)
+        if launched is None:
+            return False
+        for send in (os.killpg, os.kill):  # one that was forked just now leads no group yet, and is alone
+            try:
+                send(launched.pid, signum)
+            except ProcessLookupError:
+                continue
+            except PermissionError:
+                return False
+            return True
         return False
 
     def _reap(self) -> None:
         """Called for SIGCHLD: report what ended, and kill the orphans that it left."""
         self._drain()
         self._collect()
-        for pid in children(os.getpid()):
+        mine = children(os.getpid())
+        for name in list(self._fork_servers):  # after that: each forked kernel among them is announced by now
+            self._hear(name)
+        for pid in mine:
             if pid not in self._launched and pid not in self._refused:
                 self._kill(pid)
 
@@ -275,7 +437,7 @@ class Guardian:
             self._refused.discard(pid)
             launched = self._launched.pop(pid, None)
             if launched is not None:
-                self._started(launched)  # first things first
+                self._close_channel(launched)  # first things first
                 self._tell(ended=launched.key, code=os.waitstatus_to_exitcode(status))
                 if not self._records.get(launched.key, {}).get("paths"):
                     self._forget(launched.key)
@@ -296,7 +458,7 @@ class Guardian:
 
     def _forget(self, key: str) -> None:
         """Drop a launch's paths; its record goes when its process has ended."""
-        if any(launched.key == key for launched in self._launched.values()):
+        if self._find(key) is not None:
             self._rewrite(key, {**self._records[key], "paths": []})
         elif self._records.pop(key, None) is not None:
             remove(record_path(self._directory, key))
@@ -306,6 +468,10 @@ class Guardian:
             self._write(key, record)
         except OSError as failure:
             self._tell(warning=f"{failure}: what kernel {record['pid']} leaves may not be removed; make room")
+
+    def _record(self, key: str, pid: int, paths: list[str]) -> None:
+        record = {"pid": pid, "start_time": start_time(pid), "boot_id": self._boot_id, "paths": paths}
+        self._write(key, record)
 
     def _write(self, key: str, record: dict[str, Any]) -> None:
         path = record_path(self._directory, key)
@@ -324,8 +490,9 @@ def run(request: dict[str, Any], streams: list[int], channel: socket.socket, gua
     filename = ""
     try:
         os.setsid()
-        prctl(_PR_SET_CHILD_SUBREAPER, 1)  # preserved by execve, not inherited by fork: prctl(2)
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if not request["forks"]:  # what a fork server forks is to become ours
+            prctl(PR_SET_CHILD_SUBREAPER, 1)  # preserved by execve, not inherited by fork: prctl(2)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         for signum in (*_DEAF_TO, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(signum, signal.SIG_DFL)
@@ -336,17 +503,27 @@ def run(request: dict[str, Any], streams: list[int], channel: socket.socket, gua
             os.dup2(descriptor, target)
         filename = request["cwd"]
         os.chdir(filename)
+        limit_memory(request["memory_limit"])
         filename = request["argv"][0]
         os.execvpe(filename, request["argv"], request["env"])  # noqa: S606  # the program is the service's
     except OSError as failure:
-        _report(channel, failure.errno, filename)
+        report(channel, failure.errno, filename)
     except ValueError:  # a zero byte in an argument or variable
-        _report(channel, errno.EINVAL, filename)
+        report(channel, errno.EINVAL, filename)
     finally:
         os._exit(1)
 
 
-def _report(channel: socket.socket, number: int | None, filename: str) -> None:
+def limit_memory(size: int) -> None:
+    """Bound what this process may allocate, in bytes; 0 is no limit. Beyond it, allocations fail (setrlimit(2))."""
+    if size:
+        import resource  # where no limit is set, nobody needs it
+
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def report(channel: socket.socket, number: int | None, filename: str) -> None:
+    """Tell a channel's other end why the program does not run."""
     channel.send(json.dumps({"errno": number, "filename": filename}).encode())
 
 
@@ -503,7 +680,7 @@ def main(directory: str, descriptor: int, service_pid: int, *locks: int) -> None
     for signum in _DEAF_TO:
         signal.signal(signum, signal.SIG_IGN)
     os.chdir("/")
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     service, is_asked = open_parent(service_pid), False
     if service is not None:
         guardian = Guardian(socket.socket(fileno=descriptor), service, directory)

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from dspex_kernels import errors, logs
 from dspex_kernels.provisioning import guardian, sweep
+from dspex_kernels.provisioning.fork_servers import ForkServers
 
 Stream = int | IO[Any] | None
 """A file or descriptor, or ``subprocess.DEVNULL``; None is the service's own."""
@@ -60,11 +61,13 @@ def unsupported() -> str | None:
 
 
 class GuardedProcess:
-    """A process that the guardian launched.
+    """A process that the guardian launched, or had forked.
 
     Attributes:
         pid: Its process id; it leads a session and a group of its own.
         ended: Its exit code, once it has ended; negative for the signal that killed it, as Popen has it.
+        template: Of a fork server: that it can fork (``sources``, a list), or why not: it says so (``refused``), or
+            it has ended before (``lost``).
     """
 
     def __init__(self, owner: Guardian, key: str, pid: int) -> None:
@@ -72,6 +75,7 @@ class GuardedProcess:
         self._key = key
         self.pid = pid
         self.ended: Future[int] = _running()
+        self.template: Future[dict[str, Any]] = _running()
 
     def poll(self) -> int | None:
         """The exit code; None while it lives."""
@@ -89,6 +93,25 @@ class GuardedProcess:
         """Its paths were removed, or are another launch's by now."""
         self._owner.post("forget", self._key)
 
+    def fork(self) -> Future[GuardedProcess]:
+        """Of a fork server: a kernel, from now on the guardian's child, that waits to be assigned.
+
+        The future fails with an OSError when none is to be had, the fork server's end included.
+        """
+        return self._owner.fork(self._key)
+
+    def assign(
+        self, assignment: Mapping[str, Any], streams: Sequence[Stream], paths: Iterable[str] = ()
+    ) -> Future[GuardedProcess]:
+        """Of a forked kernel: tell it whose it is. Done, with the kernel itself, when it serves.
+
+        Args:
+            assignment: As ``forkserver.apply`` takes it.
+            streams: stdin, stdout and stderr, as ``Guardian.launch`` takes them.
+            paths: Files, sockets and links that are removed when the service ends.
+        """
+        return self._owner.assign(self._key, assignment, streams, paths)
+
 
 @dataclass
 class _Request:
@@ -97,18 +120,25 @@ class _Request:
     Attributes:
         content: The message.
         descriptors: Ours, to be sent along and closed.
-        launched: Of a launch.
-        signalled: Of a signal.
+        answer: Of a launch, fork or assignment the process; of a signal whether it was sent; None expects none.
     """
 
     content: dict[str, Any]
     descriptors: list[int] = field(default_factory=list)
-    launched: Future[GuardedProcess] | None = None
-    signalled: Future[bool] | None = None
+    answer: Future[Any] | None = None
 
     def close(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+    def give_up(self, failure: Exception) -> None:
+        """Answer whoever waits: there is no guardian that would."""
+        if self.answer is None:
+            return
+        if self.content["do"] == "signal":
+            self.answer.set_result(False)
+        else:
+            self.answer.set_exception(failure)
 
 
 class _Link:
@@ -205,6 +235,7 @@ class Guardian:
 
     Attributes:
         directory: The service's own: lock and records. Removed at the end.
+        fork_servers: Those that it launched.
         ready: Done when what dead services left is ended, and processes can be launched. Fails with StoreError when
             the disk refuses, or a living service has this id.
     """
@@ -215,6 +246,7 @@ class Guardian:
         self.ready: Future[None] = _running()
         self.owner_pid = os.getpid()
         """The process in which this object works: not in a fork of it, which has no such thread."""
+        self.fork_servers = ForkServers(self)
         self._locks = [] if lease is None else [os.dup(lease)]
         self._name = f"{self.owner_pid}-{guardian.start_time(self.owner_pid)}"
         self._numbers = itertools.count(1)
@@ -224,9 +256,8 @@ class Guardian:
         self._stopped: Future[None] = _running()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # These are the thread's own.
-        self._launches: dict[str, Future[GuardedProcess]] = {}
+        self._asked: dict[int, _Request] = {}
         self._processes: dict[str, GuardedProcess] = {}
-        self._signals: dict[int, Future[bool]] = {}
         self._link: _Link | None = None
         # A daemon: a process that ends without stop() must not wait for it, the guardian sees its end.
         threading.Thread(target=self._run, name=f"dspex-guardian-{service_id}", daemon=True).start()
@@ -252,6 +283,8 @@ class Guardian:
         stdout: Stream = None,
         stderr: Stream = None,
         paths: Iterable[str] = (),
+        memory_limit: int = 0,
+        forks: bool = False,
     ) -> Future[GuardedProcess]:
         """Start a process: in a session of its own, inheriting nothing but the three streams.
 
@@ -263,6 +296,8 @@ class Guardian:
             stdout: Likewise.
             stderr: Likewise; ``subprocess.STDOUT`` is where stdout goes.
             paths: Files, sockets and links that are removed when the service ends.
+            memory_limit: Bytes that it may allocate; 0 is no limit.
+            forks: Whether it is a fork server: its stdin is a socket to the guardian then.
 
         Returns:
             The process, once its program runs. The future fails with an OSError when the program cannot be run, and
@@ -272,29 +307,58 @@ class Guardian:
             OSError: A stream is closed, or there is no current directory.
             ServiceClosed: ``stop`` was called.
         """
-        future: Future[GuardedProcess] = _running()
         content: dict[str, Any] = {
-            "do": "launch",
-            "key": f"{self._name}-{next(self._numbers)}",
+            "key": self._new_key(),
             "argv": [_text(argument) for argument in argv],
-            "env": {_text(name): _text(value) for name, value in env.items()},
+            "env": self._environment(env),
             "cwd": _text(cwd if cwd is not None else str(Path.cwd())),
             "paths": [_text(path) for path in paths],
+            "memory_limit": memory_limit,
+            "forks": forks,
         }
-        content["env"][sweep.ENV_SERVICE_ID] = self.service_id
-        request = _Request(content, _duplicates(stdin, stdout, stderr), launched=future)
-        if not self._put(request):
-            request.close()
-            raise errors.ServiceClosed(f"the guardian of service {self.service_id!r} was stopped")
-        return future
+        return self._ask("launch", content, _duplicates(stdin, stdout, stderr))
+
+    def fork(self, server: str) -> Future[GuardedProcess]:
+        """Have a fork server fork; for ``GuardedProcess.fork``."""
+        return self._ask("fork", {"key": self._new_key(), "server": server})
+
+    def assign(
+        self, key: str, assignment: Mapping[str, Any], streams: Sequence[Stream], paths: Iterable[str]
+    ) -> Future[GuardedProcess]:
+        """Tell a forked kernel whose it is; for ``GuardedProcess.assign``."""
+        told = {**assignment, "env": self._environment(assignment["env"])}
+        content = {"key": key, "paths": [_text(path) for path in paths]}
+        descriptors = _duplicates(*streams)
+        try:
+            descriptors.insert(0, _written(json.dumps(told).encode()))
+        except BaseException:
+            _Request({}, descriptors).close()
+            raise
+        return self._ask("assign", content, descriptors)
 
     def signal(self, key: str, signum: int) -> Future[bool]:
         """Signal a launched process's group; for ``GuardedProcess.send_signal``."""
-        future: Future[bool] = _running()
-        content = {"do": "signal", "key": key, "signum": int(signum), "id": next(self._numbers)}
-        if not self._put(_Request(content, signalled=future)):
-            future.set_result(False)
-        return future
+        try:
+            return self._ask("signal", {"key": key, "signum": int(signum)})
+        except errors.ServiceClosed:
+            nobody: Future[bool] = _running()
+            nobody.set_result(False)
+            return nobody
+
+    def _new_key(self) -> str:
+        return f"{self._name}-{next(self._numbers)}"
+
+    def _environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        named = {_text(name): _text(value) for name, value in env.items()}
+        return {**named, sweep.ENV_SERVICE_ID: self.service_id}
+
+    def _ask(self, operation: str, content: dict[str, Any], descriptors: Sequence[int] = ()) -> Future[Any]:
+        answer = _running()
+        request = _Request({"do": operation, "id": next(self._numbers), **content}, list(descriptors), answer)
+        if not self._put(request):
+            request.close()
+            raise errors.ServiceClosed(f"the guardian of service {self.service_id!r} was stopped")
+        return answer
 
     def post(self, operation: str, key: str, **arguments: Any) -> None:
         """Tell the guardian something that has no answer; for ``GuardedProcess``."""
@@ -404,29 +468,38 @@ class Guardian:
                     self._heed(message)
 
     def _submit(self, link: _Link, request: _Request) -> None:
-        content = request.content
-        if request.launched is not None:
-            self._launches[content["key"]] = request.launched
+        if request.answer is not None:
+            self._asked[request.content["id"]] = request
+        if request.content["do"] == "launch":
             # Its parent, for the poller of ipykernel: another id would have it wait for a parent of id 1 for ever.
-            content["env"]["JPY_PARENT_PID"] = str(link.process.pid)
-        elif request.signalled is not None:
-            self._signals[content["id"]] = request.signalled
+            request.content["env"]["JPY_PARENT_PID"] = str(link.process.pid)
         link.queue(request)
 
     def _heed(self, message: dict[str, Any]) -> None:
         match message:
-            case {"launched": key, "pid": pid}:
-                process = self._processes[key] = GuardedProcess(self, key, pid)
-                self._launches.pop(key).set_result(process)
-            case {"failed": key, "errno": number, "filename": filename}:
-                self._launches.pop(key).set_exception(OSError(number, os.strerror(number), filename))
+            case {"told": number, "pid": pid}:
+                request = self._asked.pop(number)
+                assert request.answer is not None
+                request.answer.set_result(self._process(request.content["key"], pid))
+            case {"told": number, "sent": sent}:
+                answer = self._asked.pop(number).answer
+                assert answer is not None
+                answer.set_result(sent)
+            case {"told": number, "errno": code, "filename": filename}:
+                self._asked.pop(number).give_up(OSError(code, os.strerror(code), filename))
+            case {"template": key, **told}:
+                self._processes[key].template.set_result(told)
             case {"ended": key, "code": code}:
                 if (ended := self._processes.pop(key, None)) is not None:  # else its launch has failed
-                    ended.ended.set_result(code)
-            case {"told": number, "sent": sent}:
-                self._signals.pop(number).set_result(sent)
+                    _tell_end(ended, code)
             case {"warning": text}:
                 _log.warning("service %s: %s", self.service_id, text)
+
+    def _process(self, key: str, pid: int) -> GuardedProcess:
+        """A process that is told of: when it is forked, and again when it is assigned."""
+        if key not in self._processes:
+            self._processes[key] = GuardedProcess(self, key, pid)
+        return self._processes[key]
 
     def _end_rest(self) -> bool:
         """End what a guardian that was killed left: its kernels die with it, what they started does not."""
@@ -443,23 +516,18 @@ class Guardian:
 
     def _tell_all(self, why: str) -> None:
         """Answer everybody who waits: there is no process any more."""
-        launches, processes, signals = dict(self._launches), dict(self._processes), dict(self._signals)
-        for waiting in (self._launches, self._processes, self._signals):
-            waiting.clear()
-        for launched in launches.values():
-            launched.set_exception(self._no_kernel(why))
-        for process in processes.values():
-            process.ended.set_result(-signal.SIGKILL)
-        for signalled in signals.values():
-            signalled.set_result(False)
+        asked, processes = list(self._asked.values()), list(self._processes.values())
+        self._asked.clear()
+        self._processes.clear()
+        for request in asked:
+            request.give_up(self._no_kernel(why))
+        for process in processes:
+            _tell_end(process, -signal.SIGKILL)
 
     def _refuse(self, requests: Iterable[_Request], why: str) -> None:
         for request in requests:
             request.close()
-            if request.launched is not None:
-                request.launched.set_exception(self._no_kernel(why))
-            if request.signalled is not None:
-                request.signalled.set_result(False)
+            request.give_up(self._no_kernel(why))
 
     def _no_kernel(self, why: str) -> errors.KernelStartFailed:
         return errors.KernelStartFailed(f"service {self.service_id!r}: no kernel was started: {why}; call again")
@@ -504,6 +572,24 @@ def _running() -> Future[Any]:
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
     return future
+
+
+def _tell_end(process: GuardedProcess, code: int) -> None:
+    if not process.template.done():
+        process.template.set_result({"lost": f"it ended with code {code}"})
+    process.ended.set_result(code)
+
+
+def _written(data: bytes) -> int:
+    """A file of that content, in memory: only who has the descriptor can read it, and no socket has to hold it."""
+    descriptor = os.memfd_create("dspex-assignment", os.MFD_CLOEXEC)
+    try:
+        with open(os.dup(descriptor), "wb") as file:  # noqa: PTH123  # a descriptor
+            file.write(data)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _text(value: str | os.PathLike[str]) -> str:

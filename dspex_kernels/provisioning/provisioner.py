@@ -16,9 +16,9 @@ from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
-from traitlets import List, Unicode
+from traitlets import Integer, List, Unicode
 
-from dspex_kernels import errors, logs
+from dspex_kernels import config, errors, logs
 from dspex_kernels.provisioning.guardian_client import GuardedProcess, Guardian, unsupported
 from dspex_kernels.provisioning.guardians import Guardians
 
@@ -53,6 +53,13 @@ class GuardedProvisioner(LocalProvisioner):
     remove_paths = List(
         Unicode(), help="Files and links that end with the service, beside the connection file and ipc sockets."
     )
+
+    memory_limit = Integer(
+        0,
+        min=0,
+        help="Bytes that the kernel's process may allocate, and each that it starts; 0 is no limit. What goes "
+        "beyond it fails with a MemoryError.",
+    ).tag(config=True)
 
     process: Any = None
     _guardian: Guardian | None = None
@@ -114,6 +121,12 @@ class GuardedProvisioner(LocalProvisioner):
         self.cwd = kwargs.get("cwd") or Path.cwd()
         return self.connection_info
 
+    def _finalize_env(self, env: dict[str, str]) -> None:
+        """Called by Jupyter with a kernel's whole environment: what is the host's alone is no kernel's."""
+        super()._finalize_env(env)
+        for name in config.host_secrets(env):
+            del env[name]
+
     async def wait(self) -> int | None:
         """The exit code once the process has ended, negative for a signal; also long after. Any number may wait."""
         process = self._guarded
@@ -157,15 +170,21 @@ class GuardedProvisioner(LocalProvisioner):
 
     async def _launch(self, cmd: list[str], options: dict[str, Any]) -> GuardedProcess:
         assert self._guardian is not None
-        launching = self._guardian.launch(cmd, paths=[*self._paths(), *self.remove_paths], **options)
+        paths = [*self._paths(), *self.remove_paths]
+        return await self._answer(
+            self._guardian.launch(cmd, paths=paths, memory_limit=self.memory_limit, **options)
+        )
+
+    async def _answer(self, launching: Future[GuardedProcess], timeout: float = LAUNCH_TIMEOUT) -> GuardedProcess:
+        """The process that is being launched; one that nobody waits for any more is ended."""
         try:
-            if await _is_done(launching, LAUNCH_TIMEOUT):
+            if await _is_done(launching, timeout):
                 return launching.result()
         except asyncio.CancelledError:
             launching.add_done_callback(_end_unwanted)
             raise
         launching.add_done_callback(_end_unwanted)
-        raise errors.KernelStartFailed(f"the guardian ran no kernel within {LAUNCH_TIMEOUT:g} s; try again")
+        raise errors.KernelStartFailed(f"the guardian ran no kernel within {timeout:g} s; try again")
 
     def _paths(self) -> list[str]:
         """What Jupyter removes when a kernel is shut down: the connection file, and ipc sockets."""

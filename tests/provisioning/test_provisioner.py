@@ -247,7 +247,7 @@ def test_a_start_that_is_cancelled_leaves_no_kernel(tmp_path):
     async def scenario() -> None:
         guardian = await GuardedProvisioner.open_guardian("cancelled", tmp_path / "services")
         starting = asyncio.ensure_future(start(make_provisioner(service_id="cancelled")))
-        await wait_until(lambda: guardian._queue or guardian._launches or starting.done())
+        await wait_until(lambda: guardian._queue or guardian._asked or starting.done())
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting

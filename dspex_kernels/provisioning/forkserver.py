@@ -1,0 +1,354 @@
+"""The fork server: a warm process that has built a kernel, and forks one that is ready in milliseconds.
+
+``PYTHON [flags] -m dspex_kernels.provisioning.forkserver MODULE``, launched by the guardian, whose socket is its
+stdin. It knows nothing about kernels: ``MODULE.template`` has a function ``build`` that makes a ``Template``.
+
+Theory of operation. A fork copies one thread and no kernel object: a lock that another thread holds stays locked, a
+ZMQ context or event loop shares its descriptors with the parent's, an open connection carries two processes'
+requests. So this process has one thread and no descriptor besides its streams and its socket, and refuses to fork
+where that is no longer so. Nobody's data ever comes here: a kernel reads whose it is itself, after the fork.
+
+It forks twice. The process between tells the guardian the kernel's id and ends, and the kernel becomes the
+guardian's child (``guardian`` tells why): it is reaped there, and outlives this process.
+
+What a child changes in memory is copied, page by page, so the garbage collector is off and all objects are frozen
+before: a collection in one child would copy the whole heap (53 MiB instead of 13, measured). And since what a child
+imports is its own, a throw-away child lives a short life first: what it imported is imported here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from dspex_kernels import logs
+from dspex_kernels.provisioning import guardian
+
+REHEARSAL_TIMEOUT = 60
+"""Seconds for the throw-away child's life; it takes about one."""
+FAILED = 70
+"""Exit code of a kernel that broke outside what it was told to do (sysexits.h, EX_SOFTWARE)."""
+
+_log = logs.get_logger(__name__)
+
+
+class Template(Protocol):
+    """A kernel, built as far as it can be before it is known whose it is. Made by ``MODULE.template.build``."""
+
+    sources: list[str]
+    """Files that were read for it: when one changes, it is out of date."""
+
+    def rehearse(self) -> None:
+        """Live a short life. Called once, in a throw-away child in a directory of its own, after ``park``."""
+
+    def park(self) -> None:
+        """Do what can be done before it is known whose kernel it will be. Called in each child."""
+
+    def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
+        """Be the kernel until it ends. Called in the child once its environment, directory and streams are set.
+
+        Args:
+            connection_file: Path of the kernel's connection file.
+            ready: To be called when its sockets are bound.
+        """
+
+
+class ForkServer:
+    """Forks kernels of one template.
+
+    Args:
+        connection: To the guardian.
+        template: What they are.
+        program: The file that a plainly started kernel runs: its ``sys.argv[0]``.
+    """
+
+    def __init__(self, connection: socket.socket, template: Template, program: str) -> None:
+        self._connection = connection
+        self._template = template
+        self._program = program
+
+    def serve(self) -> None:
+        """Fork whenever the guardian asks, until it is gone."""
+        while True:
+            request, descriptors, _, _ = socket.recv_fds(self._connection, guardian.MESSAGE_BYTES, 1)
+            if not request:
+                return
+            with socket.socket(fileno=descriptors[0]) as channel:
+                self._fork(channel, guardian_pid=int(request))
+
+    def _fork(self, channel: socket.socket, guardian_pid: int) -> None:
+        try:
+            check(self._connection.fileno(), channel.fileno())
+            between = os.fork()
+            if between == 0:
+                self._fork_again(channel, guardian_pid)
+            _, status = os.waitpid(between, 0)  # when it is reaped, its child is the guardian's
+            number = os.waitstatus_to_exitcode(status)
+        except OSError as failure:
+            number = failure.errno or errno.EAGAIN
+        except RuntimeError:
+            _log.exception("this fork server cannot fork any more")
+            raise SystemExit(FAILED) from None
+        self._tell(errno=number if number >= 0 else errno.ECHILD)
+
+    def _fork_again(self, channel: socket.socket, guardian_pid: int) -> NoReturn:
+        """The process between: announce the kernel, and end with 0, or an error's number."""
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._connection.close()
+                be_kernel(self._template, channel, guardian_pid, self._program)
+            self._tell(pid=pid)
+        except OSError as failure:
+            os._exit(failure.errno or errno.EAGAIN)
+        os._exit(0)
+
+    def _tell(self, **message: Any) -> None:
+        self._connection.send(json.dumps(message).encode())
+
+
+def check(*sockets: int) -> None:
+    """Make sure that a fork is safe now.
+
+    Args:
+        *sockets: Descriptors that may be open beside the streams.
+
+    Raises:
+        RuntimeError: There is more than one thread, or something is open: a ZMQ context, an event loop, a cache, a
+            connection.
+    """
+    threads = list(Path("/proc/self/task").iterdir())
+    if len(threads) != 1:
+        raise RuntimeError(f"{len(threads)} threads ({', '.join(t.name for t in threading.enumerate())})")
+    allowed = {0, 1, 2, *sockets}
+    if unknown := [target for descriptor, target in _descriptors() if descriptor not in allowed]:
+        raise RuntimeError(f"open descriptors: {', '.join(unknown)}")
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    """What is open, and what it stands for."""
+    for path in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # it was open for listing them
+            yield int(path.name), str(path.readlink())
+
+
+def be_kernel(template: Template, channel: socket.socket, guardian_pid: int, program: str) -> NoReturn:
+    """Become a kernel. Called in the forked child.
+
+    Undone is what a child inherits: descriptors, signals, random state, environment, directory.
+    """
+    code = FAILED
+    try:
+        os.setsid()
+        guardian.prctl(guardian.PR_SET_CHILD_SUBREAPER, 1)
+        # Our parent may be the one between, until the guardian has a record of us; it says nothing if it has none.
+        if channel.recv(1) != guardian.GO:
+            os._exit(1)
+        guardian.prctl(guardian.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != guardian_pid:
+            os._exit(1)
+        reseed()
+        gc.enable()
+        template.park()
+        code = _serve(template, channel, program)
+    except BaseException:  # noqa: BLE001  # nothing may get back into the fork server's code
+        traceback.print_exc()
+    finally:
+        _leave(code)
+
+
+def _serve(template: Template, channel: socket.socket, program: str) -> int:
+    """Wait for whose kernel this is, and be it. The exit code."""
+    request, descriptors, _, _ = socket.recv_fds(channel, 1, guardian.ASSIGNED)
+    if request != guardian.ASSIGN:
+        return 1  # nobody's any more: the guardian has closed the channel
+    try:
+        connection_file = apply(descriptors, program)
+    except OSError as failure:
+        guardian.report(channel, failure.errno, failure.filename or "")
+        return 1
+    try:
+        template.serve(connection_file, channel.close)
+    except SystemExit as end:
+        return _exit_code(end)
+    finally:
+        channel.close()
+    return 0
+
+
+def _exit_code(end: SystemExit) -> int:
+    if end.code is None or isinstance(end.code, int):
+        return (end.code or 0) & 0xFF
+    print(end.code, file=sys.stderr)  # noqa: T201  # as the interpreter does
+    return 1
+
+
+def apply(descriptors: list[int], program: str) -> str:
+    """Put on what an assignment tells: streams, directory, environment, arguments.
+
+    Args:
+        descriptors: A file with the assignment as JSON; stdin, stdout, stderr.
+        program: The file that a plainly started kernel runs.
+
+    Returns:
+        The connection file's path.
+
+    Raises:
+        OSError: The directory cannot be entered.
+    """
+    told, *streams = descriptors
+    with open(told, "rb") as file:  # noqa: PTH123  # a descriptor
+        file.seek(0)
+        assignment = json.load(file)
+    for target, descriptor in enumerate(streams):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    os.chdir(assignment["cwd"])
+    os.environ.clear()
+    os.environ.update({**assignment["env"], "JPY_PARENT_PID": str(os.getppid())})
+    time.tzset()
+    tempfile.tempdir = None
+    sys.argv[:] = [program, *assignment["arguments"]]
+    if assignment["imports_from_cwd"]:
+        sys.path.insert(0, str(Path.cwd()))  # as ``python -m`` has it
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]  # a TextIOWrapper
+    guardian.limit_memory(assignment["memory_limit"])
+    return str(assignment["arguments"][-1])
+
+
+def reseed() -> None:
+    """Give a child random numbers of its own. Python's own generator is reseeded by ``os.fork``."""
+    random.seed()
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        numpy.seed()
+
+
+def _leave(code: int) -> NoReturn:
+    """End as an interpreter does, but for tearing down a heap that is not all ours."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as multiprocessing's children do
+        atexit._run_exitfuncs()
+    except BaseException:  # noqa: BLE001  # other people's exit functions
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or full: there is nobody to tell
+            stream.flush()
+    os._exit(code)
+
+
+def learn(template: Template) -> list[str]:
+    """Import what a kernel imports in its life. The modules' names.
+
+    Raises:
+        RuntimeError: The throw-away child broke, so no kernel would do better.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _rehearse(template, writer)
+    os.close(writer)
+    with open(reader, "rb") as file:  # noqa: PTH123  # a descriptor
+        text = file.read()
+    _, status = os.waitpid(pid, 0)
+    if status != 0:
+        raise RuntimeError(f"the rehearsal ended with code {os.waitstatus_to_exitcode(status)}; its log says why")
+    return [name for name in json.loads(text) if _is_imported(name)]
+
+
+def _is_imported(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:  # noqa: BLE001  # made in place by its importer, or broken: the child had it some other way
+        return False
+    return True
+
+
+def _rehearse(template: Template, writer: int) -> NoReturn:
+    """Live a short life in a throw-away child, and write the names of what it imported."""
+    code = FAILED
+    try:
+        signal.alarm(REHEARSAL_TIMEOUT)
+        with _own_directory():
+            before = set(sys.modules)
+            template.park()
+            template.rehearse()
+            names = [name for name in sys.modules if name not in before and not name.startswith("__")]
+        with open(writer, "wb") as file:
+            file.write(json.dumps(names).encode())
+        code = 0
+    except BaseException:  # noqa: BLE001  # nothing may get back into the fork server's code
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _own_directory() -> Iterator[None]:
+    """A directory for a rehearsal, and nothing of the user's."""
+    with tempfile.TemporaryDirectory(prefix="dspex-") as directory:
+        os.chdir(directory)
+        names = ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+        os.environ.update(dict.fromkeys(names, directory))
+        try:
+            yield
+        finally:
+            os.chdir("/")
+
+
+def build(module: str) -> tuple[Template, str]:
+    """A module's template, ready to be forked, and the file that ``python -m`` runs."""
+    template: Template = importlib.import_module(f"{module}.template").build()
+    learn(template)
+    found = importlib.util.find_spec(f"{module}.__main__") or importlib.util.find_spec(module)
+    program = found.origin if found is not None else None
+    gc.collect()
+    return template, program or module
+
+
+def main(module: str) -> None:
+    """Serve the guardian. Called in the fork server's own process."""
+    connection = socket.socket(fileno=os.dup(0))
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    gc.disable()
+    try:
+        template, program = build(module)
+        check(connection.fileno())
+    except Exception as failure:  # noqa: BLE001  # whatever is wrong with the module, kernels are started plainly
+        _log.warning("module %s cannot be forked", module, exc_info=True)
+        why = f"{type(failure).__name__}: {failure}"
+        connection.send(json.dumps({"refused": why}).encode())
+        return
+    gc.collect()
+    gc.freeze()
+    connection.send(json.dumps({"sources": [*template.sources, *_package_directories()]}).encode())
+    ForkServer(connection, template, program).serve()
+
+
+def _package_directories() -> list[str]:
+    """Where packages are installed: such a directory changes with each installation."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

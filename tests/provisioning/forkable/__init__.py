@@ -1,0 +1,1 @@
+"""A module that can be forked, and started plainly: its kernel runs the Python code of its "connection file"."""

@@ -1,0 +1,46 @@
+"""What the fork server forks: it has a past of its own, and a life that imports something.
+
+What it does while it is built is told by variables that it can read then: they begin with ``LC_``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+HELD: dict[str, object] = {}
+"""What a template keeps that it should not."""
+
+
+class Template:
+    """Runs the code of a file, which finds ``ready``, and ``parked``: in which process this child was parked."""
+
+    def __init__(self) -> None:
+        self.sources: list[str] = [os.environ["LC_SOURCE"]] if "LC_SOURCE" in os.environ else []
+        self.past = random.Random(1)
+        self.parked = 0
+
+    def rehearse(self) -> None:
+        import colorsys  # noqa: F401  # that is what is to be learnt
+
+        uuid.uuid4()
+
+    def park(self) -> None:
+        self.parked = os.getpid()
+
+    def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
+        exec(Path(connection_file).read_text(), {"ready": ready, "parked": self.parked})
+
+
+def build() -> Template:
+    if "LC_REFUSE" in os.environ:
+        raise RuntimeError(os.environ["LC_REFUSE"])
+    if "LC_PRELOAD" in os.environ:
+        importlib.import_module(os.environ["LC_PRELOAD"])
+    if "LC_RUN" in os.environ:
+        exec(os.environ["LC_RUN"], HELD)
+    return Template()
