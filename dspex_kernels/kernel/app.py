@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import dspy
 import zmq
 from dspy.dsp.utils.settings import main_thread_config
 from ipykernel import kernelapp
+from ipykernel.control import ControlThread
 from ipykernel.kernelapp import IPKernelApp
+from ipykernel.shellchannel import ShellChannelThread
+from jupyter_client.session import Session
 from jupyter_core.paths import jupyter_data_dir
 from traitlets import Float, TraitError
-from traitlets.config import catch_config_error
+from traitlets.config import Config, catch_config_error
+from zmq.eventloop.zmqstream import ZMQStream
 
 from dspex_kernels import config, errors, logs
 from dspex_kernels.kernel.calls import SETTING, Call
@@ -58,10 +66,18 @@ class DSPexKernelApp(IPKernelApp):
 
     kernel_class = DSPexKernel
 
+    lean = False
+    """Whether it does without what only notebooks expect: ``DSPEX_LEAN``, read when the application starts."""
+
+    _built_with: Config | None = None
+    """The configuration of the kernel that is built; None while there is none."""
+
     @catch_config_error
     def initialize(self, argv: list[str] | None = None) -> None:
         """Start up, or say in one line why not, and exit."""
         try:
+            self.lean = _flag(config.ENV_LEAN, default="0")
+            self._take_environment()
             super().initialize(argv)
         except errors.DSPexError as refusal:
             self.log.critical("this kernel cannot start: %s", refusal.message)
@@ -75,6 +91,61 @@ class DSPexKernelApp(IPKernelApp):
             os._exit(1)
         logs.install(find=self._named_call)
 
+    def build(self) -> None:
+        """Build the kernel and its shell, as far as that takes no environment, no directory and no socket.
+
+        Called in a fork server, for whichever kernel will be forked; else with the rest of ``initialize``.
+        """
+        self.init_pdb()
+        kernel = self.kernel_class.instance(parent=self, log=self.log, user_ns=self.user_ns)
+        shell = kernel.shell
+        shell.configurables.append(self)
+        shell.push({"dspy": dspy}, interactive=False)
+        shell.set_custom_exc((errors.CallStopped,), _show_stopped)
+        display.register(shell)
+        self.kernel, self.shell = kernel, shell
+        self._built_with = deepcopy(self.config)
+
+    def _build_anew(self) -> None:
+        """Give up the kernel that was built: what its user configured was not known."""
+        atexit.unregister(self.shell.atexit_operations)
+        type(self.shell).clear_instance()
+        type(self.kernel).clear_instance()
+        self.build()
+
+    # The steps of ``initialize``, in the order in which IPython and ipykernel call them
+
+    def _take_environment(self) -> None:
+        """Undo what was read or opened when the application was made, perhaps in a fork server."""
+        self.session = Session(parent=self, username=os.environ.get("USER", "username"))
+        # It guards against replayed requests; the default of 65,536 grows to 8 MB in each kernel.
+        self.session.digest_history_size = 4096
+        self.parent_handle = int(os.environ.get("JPY_PARENT_PID") or 0)
+        for handler in self.log.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
+
+    def parse_command_line(self, argv: list[str] | None = None) -> None:
+        """Read the arguments. Where there are none, nothing: stock flattens the tree of all classes even so.
+
+        That takes 10 ms, and copies a thousand pages in a kernel that was forked.
+        """
+        if argv is None or argv:
+            super().parse_command_line(argv)
+
+    def init_config_files(self) -> None:
+        if not self.lean:
+            super().init_config_files()
+
+    def load_config_file(self, *args: Any, **kwargs: Any) -> None:
+        """Load IPython's config files."""
+        if not self.lean:
+            super().load_config_file(*args, **kwargs)
+
+    def init_poller(self) -> None:
+        if not self.lean:
+            super().init_poller()
+
     def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> int:
         """Called with each socket before it is bound: no reply is dropped because its reader is slow."""
         if s.socket_type == zmq.ROUTER:
@@ -83,6 +154,19 @@ class DSPexKernelApp(IPKernelApp):
             s.sndhwm = 0
         bound: int = super()._bind_socket(s, port)
         return bound
+
+    def init_control(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Called with the other sockets; a lean kernel has none for the debugger."""
+        if not self.lean:
+            super().init_control(context)
+            return
+        self.control_socket = context.socket(zmq.ROUTER)
+        self.control_socket.linger = 1000
+        self._apply_curve_server_options(self.control_socket)
+        self.control_port: int = self._bind_socket(self.control_socket, self.control_port)
+        self.control_socket.router_handover = 1
+        self.control_thread = ControlThread(daemon=True)
+        self.shell_channel_thread = ShellChannelThread(context, daemon=True)
 
     def init_iopub(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Called with the other sockets: from the first subscription on, count who listens."""
@@ -93,10 +177,18 @@ class DSPexKernelApp(IPKernelApp):
         finally:
             kernelapp.IOPubThread = stock
 
+    def init_heartbeat(self) -> None:
+        if not self.lean:
+            super().init_heartbeat()
+
+    def init_io(self) -> None:
+        """Called before the kernel; a lean one does not watch what libraries write to descriptors."""
+        if self.lean:
+            self.capture_fd_output = False
+        super().init_io()
+
     def init_kernel(self) -> None:
-        """Called once the sockets are bound: build the dispatcher, then the kernel around it."""
-        # It guards against replayed requests; the default of 65,536 grows to 8 MB in each kernel.
-        self.session.digest_history_size = 4096
+        """Called once the sockets are bound: build the dispatcher, and make the kernel that is built its own."""
         self.threads = Threads()
         self.shelf = Shelf()
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
@@ -115,22 +207,54 @@ class DSPexKernelApp(IPKernelApp):
         cache.install()
         # The first thread that configures owns DSPy's settings: it must be the one where cells run.
         dspy.configure()
-        super().init_kernel()
+        if self._built_with is None:
+            self.build()
+        elif self._built_with != self.config:
+            self._build_anew()
+        self._attach_kernel()
         signal.signal(signal.SIGINT, self.kernel.on_sigint)
 
+    def _attach_kernel(self) -> None:
+        shell_stream = ZMQStream(self.shell_socket, self.shell_channel_thread.io_loop)
+        self.shell_channel_thread.shell_stream = shell_stream
+        control_loop = self.control_thread.io_loop
+        control_stream = ZMQStream(self.control_socket, control_loop)
+        debugpy_stream = ZMQStream(self.debugpy_socket, control_loop) if self.debugpy_socket else None
+        self.control_thread.start()
+        self.shell_channel_thread.start()
+        self.kernel.attach(
+            self.dispatcher,
+            session=self.session,
+            control_stream=control_stream,
+            debugpy_stream=debugpy_stream,
+            debug_shell_socket=self.debug_shell_socket,
+            shell_stream=shell_stream,
+            control_thread=self.control_thread,
+            shell_channel_thread=self.shell_channel_thread,
+            iopub_thread=self.iopub_thread,
+            iopub_socket=self.iopub_socket,
+            stdin_socket=self.stdin_socket,
+            profile_dir=self.profile_dir,
+        )
+        self.kernel.record_ports({f"{name}_port": port for name, port in self._ports.items()})
+        self.displayhook.get_execution_count = lambda: self.kernel.execution_count
+
     def init_shell(self) -> None:
-        """Called after the kernel: give notebook cells ``dspy``, the magics and the displays."""
-        super().init_shell()
-        assert self.shell is not None
-        self.shell.push({"dspy": dspy}, interactive=False)
-        self.shell.set_custom_exc((errors.CallStopped,), _show_stopped)
-        display.register(self.shell)
+        """Called after the kernel: settle the shell in this process, and give it the magics."""
+        self.shell.settle(self.profile_dir, history=not self.lean)
         if self.dispatcher.identity.session_id is None:
             return
         namespace = self.dispatcher.namespace(None)
         main_thread_config[SETTING] = Call(namespace)
         namespace.restore_settings()
         magics.load(self.shell, self.kernel.asker)
+
+    def init_code(self) -> None:
+        """Called last: run what the user wants run in each kernel. In a lean one, nothing."""
+        if not self.lean:
+            super().init_code()
+        elif self.hide_initial_ns:
+            self.shell.user_ns_hidden.update(self.shell.user_ns)
 
     def forget_session(self) -> None:
         """Called when the kernel is shut down for good: a session that no service owns ends with it."""
@@ -150,10 +274,9 @@ class DSPexKernelApp(IPKernelApp):
             session_id = f"session_{sha256(str(path).encode()).hexdigest()[:16]}"
         elif not is_session_id(session_id):
             raise errors.InvalidSession(f"{config.ENV_SESSION_ID}={session_id!r} cannot be a session's id")
-        allow_code = os.environ.get(config.ENV_ALLOW_CODE) or "1"
-        if allow_code not in ("0", "1"):
-            raise errors.InvalidSession(f"{config.ENV_ALLOW_CODE}={allow_code!r}: give 0 or 1")
-        return Identity(kernel_id, session_id, int(generation), allow_code=allow_code == "1")
+        return Identity(
+            kernel_id, session_id, int(generation), allow_code=_flag(config.ENV_ALLOW_CODE, default="1")
+        )
 
     @staticmethod
     def _policy() -> config.LMPolicy:
@@ -214,6 +337,13 @@ class DSPexKernelApp(IPKernelApp):
     def _directory(session_id: str) -> Path:
         given = os.environ.get(config.ENV_SESSION_DIR)
         return Path(given) if given else Path(jupyter_data_dir()) / "dspex" / "kernels" / session_id
+
+
+def _flag(variable: str, *, default: str) -> bool:
+    value = os.environ.get(variable) or default
+    if value not in ("0", "1"):
+        raise errors.InvalidSession(f"{variable}={value!r}: give 0 or 1")
+    return value == "1"
 
 
 def _show_stopped(

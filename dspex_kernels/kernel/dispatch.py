@@ -35,7 +35,7 @@ CLOSING_TIME = 2.0
 """Seconds in which stopped commands must have ended when their session or the kernel is closed."""
 
 WRITE_SPENT_INTERVAL = 0.5
-"""Seconds between looks at what was spent outside finished commands: by cells, and by commands that still run."""
+"""Seconds from what is spent outside finished commands (by cells, by commands that still run) to its writing."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,14 @@ class Dispatcher:
         self._closing: set[asyncio.Task[None]] = set()
         self._next_beat: asyncio.TimerHandle | None = None
         """When running calls are looked at next; None while none runs."""
+        self._next_writing: asyncio.TimerHandle | None = None
+        """When what was spent is written next; None while all of it is. Of a dedicated kernel."""
         self._writing_spent: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to take commands."""
-        self.thread.start()
-        self.loop.call_soon_threadsafe(self._begin)
+        if not self.thread.is_alive():
+            self.thread.start()
 
     def submit(self, ask: Ask) -> Call | None:
         """Take a request in. It is answered through ``ask``, now or later; this never raises.
@@ -242,6 +244,7 @@ class Dispatcher:
             namespace = self._namespaces.get(wanted)
             if namespace is None and own is not None:
                 namespace = self._namespaces[wanted] = self._open_namespace(wanted, None)
+                namespace.ledger.moved = self._spent_moved
         if namespace is None:
             raise self._not_here(wanted)
         return namespace
@@ -392,10 +395,6 @@ class Dispatcher:
 
     # Below: on the command loop.
 
-    def _begin(self) -> None:
-        if self.identity.session_id is not None:  # a pooled kernel tells its service
-            self._writing_spent = self.loop.create_task(self._write_spent())
-
     def _begin_to_close(self, namespace: Namespace, by: Call | None) -> asyncio.Task[None]:
         """Stop what runs in a namespace that no new call reaches, the call ``by`` apart; close it in a task."""
         reason = errors.CommandCancelled(f"session {namespace.session_id!r} was closed during the call")
@@ -414,17 +413,33 @@ class Dispatcher:
             await asyncio.wait(tasks, timeout=CLOSING_TIME)
         await namespace.close()
 
+    def _spent_moved(self) -> None:
+        """Called from any thread after a session's totals moved."""
+        if self._next_writing is None and not self._closed:
+            self.loop.call_soon_threadsafe(self._write_spent_later)
+
     def _came_round(self) -> None:
         with self._lock:
             self._probed_at = None
 
+    def _write_spent_later(self) -> None:
+        # No clock ticks for that: an idle kernel wakes for nothing.
+        if self._next_writing is None:
+            self._next_writing = self.loop.call_later(WRITE_SPENT_INTERVAL, self._begin_to_write_spent)
+
+    def _begin_to_write_spent(self) -> None:
+        self._writing_spent = self.loop.create_task(self._write_spent())
+
     async def _write_spent(self) -> None:
-        while True:
-            await asyncio.sleep(WRITE_SPENT_INTERVAL)
-            for namespace in list(self._namespaces.values()):
-                await namespace.write_spent()
+        # First: what is spent from here on may come too late for this writing.
+        self._next_writing = None
+        written = [await namespace.write_spent() for namespace in list(self._namespaces.values())]
+        if not all(written):
+            self._write_spent_later()
 
     async def _close(self, reason: errors.DSPexError) -> None:
+        if self._next_writing is not None:
+            self._next_writing.cancel()
         if self._writing_spent is not None:
             self._writing_spent.cancel()
         if self._next_beat is not None:
@@ -561,6 +576,8 @@ class Dispatcher:
             if not COMMANDS[call.command].internal:
                 self.answered += 1
                 call.namespace.outcomes[content["status"]] += 1
+                if self.identity.session_id is not None:  # a pooled kernel's reply carries it
+                    self._spent_moved()
             if call.namespace.shares_process:
                 content["changes"] = self._carried(call)
         ask.reply(content)

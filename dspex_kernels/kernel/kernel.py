@@ -13,14 +13,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
+from uuid import uuid4
 
 from ipykernel.iostream import OutStream
 from ipykernel.ipkernel import IPythonKernel
 from IPython.core.interactiveshell import InteractiveShell
+from traitlets import Type
 
 from dspex_kernels import __version__, errors
 from dspex_kernels.kernel.dispatch import Ask, Dispatcher
 from dspex_kernels.kernel.notebook.asker import NotebookAsker
+from dspex_kernels.kernel.notebook.zmqshell import ZMQInteractiveShell
 from dspex_kernels.kernel.status import StatusBoard
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION
 from dspex_kernels.protocol.commands import COMMANDS
@@ -47,16 +50,58 @@ class DSPexKernel(IPythonKernel):
     msg_types: ClassVar[list[str]] = [*IPythonKernel.msg_types, REQUEST]
     control_msg_types: ClassVar[list[str]] = [*IPythonKernel.control_msg_types, REQUEST]
 
+    shell_class = Type(ZMQInteractiveShell)
+
     def __init__(self, **kwargs: Any) -> None:
         # Before super: it publishes states while it starts.
         self._status = StatusBoard(self._send_status)
         self._cell: Callable[[FrameType | None], None] | None = None
-        self.dispatcher: Dispatcher = kwargs["parent"].dispatcher
-        self.asker = NotebookAsker(self.dispatcher)
         super().__init__(**kwargs)
+        self.debugger = None  # stock has built one that reaches no debugger: see ``attach``
+        assert self.shell is not None
+        self.shell.user_ns.pop("__session__", None)  # of the environment in which the kernel is built
         for name in RUN_USER_CODE:
             self.shell_handlers[name] = self._interruptible(self.shell_handlers[name])
-        if self.dispatcher.identity.allow_code:
+
+    def attach(self, dispatcher: Dispatcher, **parts: Any) -> None:
+        """Make it the kernel of a session: until now it was built for any.
+
+        Args:
+            dispatcher: Takes its commands.
+            parts: Session, sockets, streams and threads, by the names of ipykernel's traits. Without a
+                ``debugpy_stream`` it has no debugger, and without a ``shell_channel_thread`` no subshells.
+        """
+        # A fork shares what was drawn by lot before it.
+        self.ident = str(uuid4())
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.dispatcher = dispatcher
+        self.asker = NotebookAsker(dispatcher)
+        self._stdout, self._stderr = sys.stdout, sys.stderr
+        assert self.shell is not None
+        for publisher in (self.shell.displayhook, self.shell.display_pub):
+            publisher.session, publisher.pub_socket = self.session, self.iopub_socket
+        self.shell.displayhook.topic = self._topic("execute_result")
+        if self.debugpy_stream is not None:
+            self.debugger = self._make_debugger()
+        else:
+            self.control_handlers["debug_request"] = self._refuse_debugger
+        self._guard_code(dispatcher.identity.allow_code)
+
+    def _make_debugger(self) -> Any:
+        return self.debugger_class(
+            self.log,
+            self.debugpy_stream,
+            self._publish_debug_event,
+            self.debug_shell_socket,
+            self.session,
+            self._kernel_modules,
+            self.debug_just_my_code,
+            self.filter_internal_frames,
+        )
+
+    def _guard_code(self, allow_code: bool) -> None:
+        if allow_code:
             for name in ("execute_request", *RUN_USER_CODE):
                 self.shell_handlers[name] = self._counted(self.shell_handlers[name])
             return
@@ -71,7 +116,8 @@ class DSPexKernel(IPythonKernel):
         info: dict[str, Any] = super().kernel_info
         identity = self.dispatcher.identity
         stock = info["supported_features"] if identity.allow_code else []  # the debugger, subshells
-        info["supported_features"] = [*stock, FEATURE]
+        without = {"debugger"} if self.debugger is None else set()
+        info["supported_features"] = [*(feature for feature in stock if feature not in without), FEATURE]
         info[FEATURE] = {
             "protocol_version": PROTOCOL_VERSION,
             "session_id": identity.session_id,
@@ -181,8 +227,15 @@ class DSPexKernel(IPythonKernel):
 
     async def _refuse_code(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
         """The handler of messages that run code, or belong to it, where none is allowed."""
+        self._refuse(stream, ident, parent, f"this kernel takes data only; send it commands ({REQUEST})")
+
+    async def _refuse_debugger(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
+        """The handler of messages to the debugger where there is none."""
+        self._refuse(stream, ident, parent, "this kernel has no debugger; start it without DSPEX_LEAN")
+
+    def _refuse(self, stream: Any, ident: Any, parent: dict[str, Any], reason: str) -> None:
         msg_type = parent["header"]["msg_type"]
-        why = f"{msg_type} is refused: this kernel takes data only; send it commands ({REQUEST})"
+        why = f"{msg_type} is refused: {reason}"
         refusal = {"ename": errors.PolicyDenied.__name__, "evalue": why, "traceback": [why]}
         if not msg_type.endswith("_request"):  # a comm's message has no reply
             self.log.warning(why)
@@ -311,7 +364,10 @@ class DSPexKernel(IPythonKernel):
     def start(self) -> None:
         """Called by the application once all sockets are there."""
         self.dispatcher.start()
-        super().start()
+        if self.debugpy_stream is not None:
+            super().start()
+        else:  # stock warns that it cannot debug, in each kernel's log
+            super(IPythonKernel, self).start()
 
     async def do_shutdown(self, restart: bool) -> dict[str, Any]:
         """Called on ``shutdown_request``, in the control thread: answer what runs, close what is open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,6 +67,8 @@ class Ledger:
         self._usd = 0.0
         self._reserved = Spent()
         self.cache_hits = 0
+        self.moved: Callable[[], None] = lambda: None
+        """Called after what was spent has changed, from any thread, under no lock."""
 
     def carry_over(self, spent: Spent) -> None:
         """Take over what was spent before this kernel was there: it counts, and counts against the budget."""
@@ -138,11 +141,13 @@ class Ledger:
                     usd = estimate.usd or 0.0
             totals.usd += usd
             self._usd += usd
+        self.moved()
 
     def record_cache_hit(self) -> None:
         """Count an answer that came from the cache: no request was sent."""
         with self._lock:
             self.cache_hits += 1
+        self.moved()
 
     def reserved(self) -> Spent:
         """What requests that are on their way may use."""

@@ -264,21 +264,26 @@ class Namespace:
         self._told_spent = spent
         return spent
 
-    async def write_spent(self) -> None:
-        """Write the totals that a budget stands on, if they moved. Called after each program that ran, and often.
+    async def write_spent(self) -> bool:
+        """Write the totals that a budget stands on, if they moved. Called after each program that ran, and later.
 
-        A disk that refuses is logged: it must not cost an answer that was paid for, and the next call tries again.
+        A disk that refuses is logged: it must not cost an answer that was paid for.
+
+        Returns:
+            Whether there is nothing left to write; if not, it is to be called again.
         """
         if self._journal is None:
-            return
+            return True
         spent = self.spent()
         if spent == self._told_spent:
-            return
+            return True
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, spent)
             self._told_spent = spent
+            return True
         except errors.StoreError as refusal:
             log.warning("what session %s spent is not written yet: %s", self.session_id, refusal)
+            return False
 
     # Language model
 

@@ -65,8 +65,8 @@ LOOK = 0.1
 MAX_SENDING = 32
 """Threads in which DSPy prepares the requests of synchronous callers."""
 
-# Fingerprints of keys in cache keys: of no use outside this process.
-_SALT = secrets.token_bytes(16)
+# Fingerprints of keys in cache keys: of no use outside this process. ``install`` draws it anew, after a fork.
+_salt = secrets.token_bytes(16)
 
 
 def current_call() -> Call | None:
@@ -93,13 +93,34 @@ class _Sender(threading.Thread):
         self.loop.run_forever()
 
 
-def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy, endpoints: Endpoints | None = None) -> None:
+class _Senders:
+    """The process's one sender, from its first synchronous request on: most kernels never make one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sender: _Sender | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._sender is None:
+                self._sender = _Sender()
+                self._sender.start()
+            return self._sender.loop
+
+
+def install(
+    loop: asyncio.AbstractEventLoop, policy: LMPolicy, endpoints: Endpoints | None = None
+) -> Callable[[], None]:
     """Put the gate into DSPy. Called once, at the kernel's start.
 
     Args:
         loop: The command loop: a synchronous request made on it holds up every command, which is logged.
         policy: What an LM may name, whoever built it.
         endpoints: Their quotas and circuits; None is the defaults of ProviderLimits, within this process.
+
+    Returns:
+        What takes it out again.
 
     Raises:
         DependencyMissing: This DSPy has no such seams.
@@ -109,10 +130,11 @@ def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy, endpoints: Endpoi
         raise errors.DependencyMissing(
             f"dspy {dspy.__version__} has no place for the LM gate: install dspy >=3.4.1,<3.5"
         )
+    global _salt  # processes that were forked from one must not share it
+    _salt = secrets.token_bytes(16)
     select, key = execution._engine, execution.PreparedCall.key
     limited = endpoints if endpoints is not None else Endpoints(ProviderLimits())
-    sender = _Sender()
-    sender.start()
+    sender = _Senders()
 
     def gated_engine(lm: Any, prepared: Any, asynchronous: bool) -> tuple[Any, Any, Any]:
         call = current_call()
@@ -148,8 +170,11 @@ def install(loop: asyncio.AbstractEventLoop, policy: LMPolicy, endpoints: Endpoi
         plain: dict[str, Any] = key(self, lm, asynchronous)
         return {**plain, "dspex": cache_salt(lm, self.legacy)}
 
-    execution._engine = gated_engine
-    execution.PreparedCall.key = salted_key
+    def put_in(engine: Any, keyed: Any) -> None:
+        execution._engine, execution.PreparedCall.key = engine, keyed
+
+    put_in(gated_engine, salted_key)
+    return lambda: put_in(select, key)
 
 
 def cache_salt(lm: Any, given: Mapping[str, Any]) -> str:
@@ -166,7 +191,7 @@ def cache_salt(lm: Any, given: Mapping[str, Any]) -> str:
     used = {**lm.kwargs, **given}
     endpoint = [str(used.get(name) or "") for name in ("api_base", "base_url", "api_key")]
     parts = [owner, *endpoint, getattr(lm, "script", "")]
-    return hashlib.blake2b(json.dumps(parts).encode(), key=_SALT, digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(parts).encode(), key=_salt, digest_size=16).hexdigest()
 
 
 def _check_policy(policy: LMPolicy, lm: Any, prepared: Any) -> None:

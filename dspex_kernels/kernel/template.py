@@ -1,0 +1,70 @@
+"""A kernel that is built before it is known whose it is, and finished after a fork.
+
+The fork server imports this module by name, calls ``build`` once, and ``park`` and ``serve`` in each child; it
+knows nothing of kernels, and this knows nothing of forking. A kernel that is started plainly goes the same way in
+one process (``dspex_kernels.kernel.__main__``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspex_kernels.kernel.app import DSPexKernelApp
+
+
+def prepare() -> None:
+    """Make so what must be so before DSPy and Jupyter are imported."""
+    # jsonschema compiles a grammar for IRI formats at its import when this package is there (jupyter_server brings
+    # it): one second of each kernel's start, and nothing in a kernel checks IRIs. jsonschema guards the import.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # None is "not importable"
+    # DSPy and litellm fetch price lists over the network on first use otherwise.
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+
+def build() -> Template:
+    """Import and build everything that a kernel needs and that can exist before the fork.
+
+    It leaves one thread, no ZMQ context, no event loop, no ``dspy.cache``, no connection and no open file.
+    """
+    prepare()
+    from dspex_kernels.kernel.app import DSPexKernelApp
+
+    app = DSPexKernelApp.instance()
+    app.build()
+    return Template(app)
+
+
+class Template:
+    """A built kernel, whose copies in forked children become kernels.
+
+    Attributes:
+        sources: Files that were read while it was built, whose change makes it stale.
+    """
+
+    def __init__(self, app: DSPexKernelApp) -> None:
+        self._app = app
+        self.sources: list[str] = []
+
+    def rehearse(self) -> None:
+        """Live a short kernel's life in a throw-away child, so that all is imported that a kernel imports."""
+
+    def park(self) -> None:
+        """Do in a child what can be done before it is known whose kernel it will be."""
+
+    def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
+        """Be the kernel until it ends.
+
+        Args:
+            connection_file: Its path.
+            ready: Called once its sockets are bound.
+        """
+        prepare()  # this kernel's environment is another than the template's
+        app = self._app
+        app.connection_file = connection_file
+        app.initialize([])
+        ready()
+        app.start()
