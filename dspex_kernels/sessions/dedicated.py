@@ -41,15 +41,17 @@ class DedicatedBackend(SessionBackend):
     Args:
         kernels: Where they are started.
         allow_code: Whether its owner may run code in it; else it takes commands only.
+        lean: Whether it does without what only a notebook needs.
         **kwargs: For traitlets: ``parent``, ``config``, ``log``.
     """
 
     name = "dedicated"
 
-    def __init__(self, kernels: Kernels, *, allow_code: bool = True, **kwargs: Any) -> None:
+    def __init__(self, kernels: Kernels, *, allow_code: bool = True, lean: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._kernels = kernels
         self._allow_code = allow_code
+        self._lean = lean
         self._tasks = Tasks(self.log)
         self._suspected: set[Kernel] = set()
         self._homes: dict[str, _Home] = {}
@@ -83,6 +85,7 @@ class DedicatedBackend(SessionBackend):
                     config.ENV_SESSION_DIR: record.directory,
                     config.ENV_GENERATION: str(record.generation),
                     config.ENV_ALLOW_CODE: str(int(self._allow_code)),
+                    config.ENV_LEAN: str(int(self._lean)),
                 },
                 log_path=directory / LOG_NAME,
                 link=directory / LINK_NAME,

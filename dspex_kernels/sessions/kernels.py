@@ -42,8 +42,8 @@ from dspex_kernels.sessions.tenure import Tenure
 
 LOG_INTERVAL = 10.0
 """Seconds between two looks at the sizes of the kernels' logs."""
-PROVISIONER = "dspex-guarded"
-"""The entry point of the provisioner whose kernels end with their service, however it ends."""
+PROVISIONER = "dspex-forkserver"
+"""The entry point of the provisioner whose kernels are forked, and end with their service, however it ends."""
 PING_TIMEOUT = 10.0
 """Seconds in which a kernel must answer a ping; control is answered while everything computes, but a machine that
 is overloaded may take its time."""

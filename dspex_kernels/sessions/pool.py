@@ -282,7 +282,7 @@ class KernelPool(LoggingConfigurable):
             kernel = await self._kernels.start_kernel(
                 whose="the pool",
                 backend="pooled",
-                env={config.ENV_BACKEND: "pooled"},
+                env={config.ENV_BACKEND: "pooled", config.ENV_LEAN: "1"},
                 log_path=self._log_dir / f"pool-{slot.number}.log",
                 timeout=self._start_timeout,
                 died=self._died,

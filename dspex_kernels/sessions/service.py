@@ -100,6 +100,11 @@ class SessionService(LoggingConfigurable):
         True,
         help="Whether owners may run code in kernels of their own; where false, sessions take data only.",
     ).tag(config=True)
+    lean_kernels = Bool(
+        True,
+        help="Whether dedicated kernels do without what only a notebook needs: debugger, subshells, history, the "
+        "owner's IPython configuration. They are smaller and sooner there; cells run in them all the same.",
+    ).tag(config=True)
     cull_idle_timeout = Float(
         3600.0, min=0, help="Seconds after its last use until a session is hibernated; 0 is never."
     ).tag(config=True)
@@ -236,7 +241,7 @@ class SessionService(LoggingConfigurable):
             parent=self,
         )
         return [
-            DedicatedBackend(self._kernels, allow_code=self.allow_code, parent=self),
+            DedicatedBackend(self._kernels, allow_code=self.allow_code, lean=self.lean_kernels, parent=self),
             PooledBackend(pool, parent=self),
         ]
 
