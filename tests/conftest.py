@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests import leaks
+from tests.waiting import wait_for
 
 RUN_ID = uuid.uuid4().hex
 # Short, for an ipc socket's path ends at 107 bytes; made now, for libraries read their variables when imported.
@@ -97,6 +98,26 @@ def _process_wide() -> Iterator[None]:
     context.destroy(linger=0)
     if not loop.is_closed():
         loop.close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_guardian(_process_wide: None) -> Iterator[None]:
+    """The guardian of kernels that no service owns, which stays for the next of them, until the run's end."""
+    from dspex_kernels.provisioning.guardian_client import unsupported
+    from dspex_kernels.provisioning.provisioner import shared_guardians
+
+    if unsupported() is not None:
+        yield
+        return
+    guardians = shared_guardians()
+    guardian = guardians.join()
+    guardian.ready.result(30)
+    wait_for(lambda: guardian.pid is not None, deadline=30, what="the guardian")
+    yield
+    guardians.linger = 0
+    ended = guardians.leave(guardian)
+    assert ended is not None
+    ended.result(30)
 
 
 @pytest.fixture(autouse=True)

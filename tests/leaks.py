@@ -20,8 +20,11 @@ import psutil
 
 from tests.waiting import wait_for
 
-RUN_VARIABLE = "DSPEX_TEST_RUN"
+RUN_VARIABLE = "LC_DSPEX_TEST_RUN"
 """In the environment of every process that a test run starts: the run's own id."""
+
+FORK_SERVER = "dspex_kernels.provisioning.forkserver"
+"""In the command line of fork servers, and of the kernels that stand by: nobody's yet."""
 
 SETTLE_S = 5.0
 """How long something may take to go away after its test, in seconds."""
@@ -223,6 +226,8 @@ def _command(process: psutil.Process) -> str:
 def _ours(pid: int, before: Snapshot) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
+        if _stays(process):
+            return None
         if process.ppid() == os.getpid():
             return process
         if process.status() == psutil.STATUS_ZOMBIE:  # it has ended; to reap it is its own parent's
@@ -234,6 +239,11 @@ def _ours(pid: int, before: Snapshot) -> psutil.Process | None:
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
     return process if is_ours else None
+
+
+def _stays(process: psutil.Process) -> bool:
+    """Whether it is a fork server of the guardian that stays with this process, or a kernel that stands by."""
+    return FORK_SERVER in _command(process) and "/process-" in _command(psutil.Process(process.ppid()))
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -87,7 +87,7 @@ class ForkServerProvisioner(GuardedProvisioner):
         self, kernel: GuardedProcess, origin: Origin, cmd: list[str], options: dict[str, Any]
     ) -> Future[GuardedProcess]:
         assignment = {
-            "arguments": cmd[-2:],
+            "argv": cmd,
             "env": options["env"],
             "cwd": os.fspath(options.get("cwd") or Path.cwd()),
             "imports_from_cwd": origin.imports_from_cwd,

@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from dspex_kernels.provisioning.guardian_client import GuardedProcess, Guardian
 
 FORK_SERVER = "dspex_kernels.provisioning.forkserver"
+MAX_SERVERS = 4
+"""Fork servers of one guardian: each has some 100 MB."""
+ROOM = "." * 256
+"""A word of its command line that is there to be overwritten: a forked kernel shows its own."""
 MAX_FAILURES = 3
 """Fork servers of one origin that may end before they can fork; after that its kernels are started plainly."""
 MAX_STILLBORN = 3
@@ -90,7 +94,7 @@ class Origin:
 
     def command(self) -> list[str]:
         """The fork server's. It never finds modules in its directory: that is no kernel's."""
-        return [*self.interpreter, "-P", "-m", FORK_SERVER, self.module]
+        return [*self.interpreter, "-P", "-m", FORK_SERVER, f"{self.module}.template", ROOM]
 
 
 def _are_flags(words: Sequence[str]) -> bool:
@@ -151,8 +155,8 @@ class ForkServer:
             process is to be had, and with KernelStartFailed where the guardian is lost.
         """
         with self._lock:
-            self._wanted, self._stillborn = standby, 0
             self._check_sources()
+            self._wanted, self._stillborn = standby, 0
             while self._standby:
                 kernel = self._standby.popleft()
                 if kernel.poll() is None:
@@ -261,17 +265,19 @@ class ForkServer:
         if all(_state(path) == state for path, state in self._sources.items()):
             return
         _log.info("the fork server of module %s is out of date: it is started anew", self._origin.module)
-        self._sources = {}
-        outdated, self._process = self._process, None
-        if outdated is not None and outdated.done() and outdated.exception() is None:
-            outdated.result().send_signal(signal.SIGKILL)
-        self.let_go()
+        self.retire()
 
-    def let_go(self) -> None:
-        """End the kernels that stand by."""
+    def retire(self) -> None:
+        """End it, and the kernels that stand by. Who waits has a kernel all the same, of a new one."""
         with self._lock:
-            while self._standby:
-                self._standby.pop().send_signal(signal.SIGKILL)
+            self._sources, self._wanted = {}, 0
+            retired, self._process = self._process, None
+            standby = list(self._standby)
+            self._standby.clear()
+        if retired is not None:
+            retired.add_done_callback(_end)
+        for kernel in standby:
+            kernel.send_signal(signal.SIGKILL)
 
     def _refill(self) -> None:
         """Have one more kernel stand by, unless somebody waits for a fork."""
@@ -336,6 +342,11 @@ def _follow(
         asked.add_done_callback(answered)
 
 
+def _end(started: Future[GuardedProcess]) -> None:
+    if started.exception() is None:
+        started.result().send_signal(signal.SIGKILL)
+
+
 def _done(kernel: GuardedProcess) -> Future[GuardedProcess]:
     future: Future[GuardedProcess] = Future()
     future.set_result(kernel)
@@ -343,21 +354,24 @@ def _done(kernel: GuardedProcess) -> Future[GuardedProcess]:
 
 
 class ForkServers:
-    """The fork servers of a guardian, by what they are started with."""
+    """The fork servers of a guardian, by what they are started with; the least used is ended for one too many."""
 
     def __init__(self, guardian: Guardian) -> None:
         self._guardian = guardian
         self._lock = threading.Lock()
-        self._servers: dict[Origin, ForkServer] = {}
+        self._servers: OrderedDict[Origin, ForkServer] = OrderedDict()
 
     def of(self, origin: Origin) -> ForkServer:
         """The fork server of that origin; it runs when the first kernel is taken."""
         with self._lock:
-            if origin not in self._servers:
-                self._servers[origin] = ForkServer(self._guardian, origin)
-            return self._servers[origin]
+            server = self._servers.setdefault(origin, ForkServer(self._guardian, origin))
+            self._servers.move_to_end(origin)
+            retired = self._servers.popitem(last=False)[1] if len(self._servers) > MAX_SERVERS else None
+        if retired is not None:
+            retired.retire()
+        return server
 
     def all(self) -> list[ForkServer]:
-        """Every one that was asked for."""
+        """Those that were used last, at most ``MAX_SERVERS``."""
         with self._lock:
             return list(self._servers.values())

@@ -1,7 +1,7 @@
 """The fork server: a warm process that has built a kernel, and forks one that is ready in milliseconds.
 
-``PYTHON [flags] -m dspex_kernels.provisioning.forkserver MODULE``, launched by the guardian, whose socket is its
-stdin. It knows nothing about kernels: ``MODULE.template`` has a function ``build`` that makes a ``Template``.
+``PYTHON [flags] -m dspex_kernels.provisioning.forkserver MODULE.template``, launched by the guardian, whose socket
+is its stdin. It knows nothing about kernels: that module has a function ``build`` that makes a ``Template``.
 
 Theory of operation. A fork copies one thread and no kernel object: a lock that another thread holds stays locked, a
 ZMQ context or event loop shares its descriptors with the parent's, an open connection carries two processes'
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import errno
 import gc
 import importlib
@@ -225,13 +226,26 @@ def apply(descriptors: list[int], program: str) -> str:
     os.environ.update({**assignment["env"], "JPY_PARENT_PID": str(os.getppid())})
     time.tzset()
     tempfile.tempdir = None
-    sys.argv[:] = [program, *assignment["arguments"]]
+    sys.argv[:] = [program, *assignment["argv"][-2:]]
+    show_as(assignment["argv"])
     if assignment["imports_from_cwd"]:
         sys.path.insert(0, str(Path.cwd()))  # as ``python -m`` has it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]  # a TextIOWrapper
     guardian.limit_memory(assignment["memory_limit"])
-    return str(assignment["arguments"][-1])
+    return str(assignment["argv"][-1])
+
+
+def show_as(argv: list[str]) -> None:
+    """Have ``ps`` and ``/proc`` show this process as if it had been started so, as far as there is room.
+
+    The room is the fork server's own command line (proc_pid_stat(5), fields 48 and 49), which has words to spare.
+    """
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    text = b"\0".join(map(os.fsencode, argv))[: end - start - 1]
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
 
 
 def reseed() -> None:
@@ -315,27 +329,26 @@ def _own_directory() -> Iterator[None]:
             os.chdir("/")
 
 
-def build(module: str) -> tuple[Template, str]:
-    """A module's template, ready to be forked, and the file that ``python -m`` runs."""
-    template: Template = importlib.import_module(f"{module}.template").build()
+def build(name: str) -> tuple[Template, str]:
+    """A module's template, ready to be forked, and the file that ``python -m`` runs of its package."""
+    template: Template = importlib.import_module(name).build()
     learn(template)
-    found = importlib.util.find_spec(f"{module}.__main__") or importlib.util.find_spec(module)
-    program = found.origin if found is not None else None
-    gc.collect()
-    return template, program or module
+    package = name.rpartition(".")[0]
+    found = importlib.util.find_spec(f"{package}.__main__")
+    return template, (found.origin if found is not None else None) or package
 
 
-def main(module: str) -> None:
-    """Serve the guardian. Called in the fork server's own process."""
+def main(name: str) -> None:
+    """Serve the guardian with a module's template. Called in the fork server's own process."""
     connection = socket.socket(fileno=os.dup(0))
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     gc.disable()
     try:
-        template, program = build(module)
+        template, program = build(name)
         check(connection.fileno())
     except Exception as failure:  # noqa: BLE001  # whatever is wrong with the module, kernels are started plainly
-        _log.warning("module %s cannot be forked", module, exc_info=True)
+        _log.warning("%s cannot be forked", name, exc_info=True)
         why = f"{type(failure).__name__}: {failure}"
         connection.send(json.dumps({"refused": why}).encode())
         return

@@ -20,8 +20,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +255,7 @@ class Guardian:
         self._queue: deque[_Request] = deque()
         self._stopping = False
         self._stopped: Future[None] = _running()
+        self._alarm: tuple[float, Callable[[], object]] | None = None
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # These are the thread's own.
         self._asked: dict[int, _Request] = {}
@@ -373,6 +375,22 @@ class Guardian:
                 os.eventfd_write(self._wakeup, 1)
         return self._stopped
 
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called in the guardian's thread, unless this is asked again before."""
+        with self._guard:
+            if not self._stopping:
+                self._alarm = (time.monotonic() + seconds, callback)
+                os.eventfd_write(self._wakeup, 1)
+
+    def _wait(self, poll: select.poll) -> list[tuple[int, int]]:
+        """What is to be read or written now. Calls who is due to be called meanwhile."""
+        alarm = self._alarm
+        found = poll.poll(None if alarm is None else max(0.0, alarm[0] - time.monotonic()) * 1000)
+        if alarm is not None and alarm is self._alarm and time.monotonic() >= alarm[0]:
+            self._alarm = None
+            alarm[1]()
+        return found
+
     def _put(self, request: _Request) -> bool:
         with self._guard:
             if self._stopping:
@@ -400,7 +418,7 @@ class Guardian:
                 # Not before it is needed: a guardian that cannot live would be started over and over.
                 poll = select.poll()
                 poll.register(self._wakeup, select.POLLIN)
-                poll.poll()
+                self._wait(poll)
             self._clear()
         except Exception as failure:  # noqa: BLE001  # whatever broke, nobody may wait for this thread any more
             _log.exception(
@@ -457,7 +475,7 @@ class Guardian:
                 self._submit(link, request)
             link.send()
             poll.register(link.connection, link.interest)
-            if any(descriptor != self._wakeup for descriptor, _ in poll.poll()):
+            if any(descriptor != self._wakeup for descriptor, _ in self._wait(poll)):
                 try:
                     messages = link.read()
                 except BlockingIOError:  # it was only writable

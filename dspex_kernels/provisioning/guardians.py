@@ -13,6 +13,9 @@ from jupyter_core.paths import jupyter_data_dir
 from dspex_kernels import errors
 from dspex_kernels.provisioning.guardian_client import Guardian
 
+LINGER = 600.0
+"""Seconds; see ``Guardians``."""
+
 
 def default_directory() -> Path:
     """Where services without a choice of their own have their directories."""
@@ -20,9 +23,15 @@ def default_directory() -> Path:
 
 
 class Guardians:
-    """Finds a provisioner's guardian by its service's id. No method blocks: a guardian's own thread does."""
+    """Finds a provisioner's guardian by its service's id. No method blocks: a guardian's own thread does.
 
-    def __init__(self) -> None:
+    Args:
+        linger: Seconds for which the guardian of kernels that no service owns stays after the last of them, with
+            its fork servers: whoever closes one notebook may open the next.
+    """
+
+    def __init__(self, linger: float = LINGER) -> None:
+        self.linger = linger
         self._lock = threading.Lock()  # of all below: blocking Jupyter clients come from several threads
         self._by_service: dict[str, Guardian] = {}
         self._shared: Guardian | None = None
@@ -50,7 +59,7 @@ class Guardians:
         return guardian
 
     def join(self) -> Guardian:
-        """The guardian of kernels that no service owns: started for the first, ended with the last (``leave``)."""
+        """The guardian of kernels that no service owns: started for the first (``leave`` tells when it ends)."""
         with self._lock:
             if self._shared is None or not _works(self._shared):
                 self._shared, self._users = Guardian(f"process-{uuid.uuid4().hex}", default_directory()), 0
@@ -58,12 +67,19 @@ class Guardians:
             return self._shared
 
     def leave(self, guardian: Guardian) -> Future[None] | None:
-        """Called once for each ``join``. The guardian's end, if this was its last kernel."""
+        """Called once for each ``join``. The guardian's end, if it is asked for now."""
         with self._lock:
             if guardian is not self._shared:
                 return None
             self._users -= 1
-            if self._users > 0:
+        if self.linger > 0:
+            guardian.call_later(self.linger, lambda: self._end_unused(guardian))
+            return None
+        return self._end_unused(guardian)
+
+    def _end_unused(self, guardian: Guardian) -> Future[None] | None:
+        with self._lock:
+            if self._users > 0 or guardian is not self._shared:
                 return None
             self._shared = None
         return guardian.stop()

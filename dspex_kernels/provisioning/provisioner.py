@@ -37,6 +37,11 @@ _guardians = Guardians()
 _log = logs.get_logger(__name__)
 
 
+def shared_guardians() -> Guardians:
+    """The guardians of this process, by which provisioners find theirs."""
+    return _guardians
+
+
 class GuardedProvisioner(LocalProvisioner):
     """Starts kernels below this process's guardian.
 

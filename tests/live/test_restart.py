@@ -64,6 +64,21 @@ def children() -> list[int]:
     return [pid for pid in found if pid not in _THERE_BEFORE]
 
 
+async def has_key(service: SessionService, variable: str) -> bool:
+    """Whether the kernel of session ``s`` finds a key in its environment."""
+    try:
+        await service.call("s", "configure", {"lm": {"model": "openai/x", "api_key_env": variable}})
+    except errors.LMCredentialsRequired:
+        return False
+    return True
+
+
+def kernels() -> list[int]:
+    """Those of them that are somebody's kernel: no guardian, fork server or kernel that stands by."""
+    told = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in children()}
+    return [pid for pid, words in told.items() if b"dspex_kernels.kernel" in words]
+
+
 @pytest.mark.parametrize("sealed", [True, False], ids=["with-a-vault", "without"])
 def test_everything_comes_back_with_the_next_service(make, monkeypatch, lm_server, sealed, tmp_path):
     if sealed:
@@ -117,7 +132,7 @@ def test_kernels_and_what_they_started_end_with_their_service(make):
             os.kill((await service.get_session_info("s")).kernel_pid, signal.SIGKILL)
             await wait_until(lambda: service._registry.get("s").status != "ready", what="the news of its death")
             await session.list_programs()
-            assert len(children()) == 2, "a guardian and the kernel below it"
+            assert len(kernels()) == 1
         assert children() == []
         runtime = Path(os.environ["JUPYTER_RUNTIME_DIR"])
         assert list(runtime.glob("kernel-*.json")) == []
@@ -134,11 +149,15 @@ def test_the_services_own_secrets_are_in_no_kernels_environment(make, monkeypatc
         async with make() as service:
             await service.create_session(session_id="s")
             for pid in children():
-                seen = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+                try:
+                    seen = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+                except FileNotFoundError:
+                    continue  # it was there for a fork only
                 assert crypt_key.encode() not in seen
                 assert b"hub-canary" not in seen
-            kernel = psutil.Process((await service.get_session_info("s")).kernel_pid)
-            assert kernel.environ()["OWNERS_API_KEY"] == "owners-canary", "a single owner's keys are its own"
+            told = await has_key(service, "OWNERS_API_KEY")
+            assert told, "a single owner's keys are its own"
+            assert not await has_key(service, "JUPYTERHUB_API_TOKEN")
 
     run(work())
 
@@ -170,7 +189,7 @@ def test_a_service_that_stops_while_kernels_start_leaves_none(make):
     async def work() -> None:
         service = await make().start()
         creating = asyncio.create_task(service.create_session(session_id="s"))
-        await wait_until(lambda: len(children()) == 2, deadline=30, what="the kernel's process")
+        await wait_until(lambda: len(children()) > 1, deadline=30, what="more than a guardian")
         await service.stop()
         with pytest.raises(errors.DSPexError):
             await creating

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dspex_kernels.provisioning import fork_servers
 from dspex_kernels.provisioning import guardian as guardian_process
 from dspex_kernels.provisioning.fork_servers import NoFork, Origin
+from tests import leaks
 from tests.provisioning.families import Identity, wait_until_gone
 from tests.waiting import wait_for
 
@@ -32,7 +34,8 @@ class Forks:
         self.tmp_path = tmp_path
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         self.argv = [sys.executable, "-m", MODULE, "-f", "{file}"]
-        self.server = guardian.fork_servers.of(Origin.of(self.argv, self.env))
+        self.origin = Origin.of(self.argv, self.env)
+        self.server = guardian.fork_servers.of(self.origin)
         self.number = 0
 
     def take(self, standby=0):
@@ -43,7 +46,7 @@ class Forks:
         file = self.tmp_path / f"code-{self.number}.py"
         file.write_text(code)
         assignment = {
-            "arguments": ["-f", str(file)],
+            "argv": [*self.argv[:-1], str(file)],
             "env": self.env if env is None else env,
             "cwd": str(cwd or self.tmp_path),
             "imports_from_cwd": True,
@@ -116,10 +119,10 @@ import beside, os, sys
 print(sorted(os.environ), ascii(os.environ["A"]), os.getcwd(), os.path.basename(sys.argv[0]), sys.argv[1])
 print(beside.WORD, sys.stdin.read(), ascii(os.popen("printf %s $A").buffer.read()))
 """
-    env = {"A": "ä\udcff", "PATH": os.environ["PATH"], "DSPEX_TEST_RUN": os.environ["DSPEX_TEST_RUN"]}
+    env = {"A": "ä\udcff", "PATH": os.environ["PATH"], leaks.RUN_VARIABLE: os.environ[leaks.RUN_VARIABLE]}
     with (tmp_path / "input").open() as file:
         told = forks.output(code, env=env, stdin=file)
-    names = ["A", "DSPEX_SERVICE_ID", "DSPEX_TEST_RUN", "JPY_PARENT_PID", "PATH"]
+    names = ["A", "DSPEX_SERVICE_ID", "JPY_PARENT_PID", leaks.RUN_VARIABLE, "PATH"]
     assert told.splitlines() == [
         rf"{names} '\xe4\udcff' {tmp_path} __main__.py -f",
         r"imported read b'\xc3\xa4\xff'",
@@ -141,6 +144,12 @@ print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, signal.pthr
 """
     told = forks.output(f"ready()\n{code}").splitlines()
     assert told == ["[]", "['SIGPIPE', 'SIGXFSZ']", "True set()"]
+
+
+def test_a_forked_kernel_is_shown_as_what_it_is(forks):
+    kernel = forks.run(WAIT)
+    shown = Path(f"/proc/{kernel.pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    assert shown == [*map(os.fsencode, forks.argv[:-1]), str(forks.tmp_path / "code-1.py").encode()]
 
 
 def test_random_numbers_and_ids_are_each_kernels_own(forks):
@@ -316,6 +325,17 @@ def test_a_fork_server_whose_sources_change_is_started_anew_with_all_that_stands
     assert forks.take(0).pid != outdated
     wait_until_gone(served)
     assert identity(kept).is_alive
+
+
+def test_of_many_fork_servers_the_least_used_is_ended_and_its_kernels_live_on(guardian, tmp_path):
+    first = Forks(guardian, tmp_path)
+    kernel = first.run(WAIT)
+    retired = Identity.of(first.server.pid)
+    for number in range(fork_servers.MAX_SERVERS):
+        Forks(guardian, tmp_path, LC_NUMBER=str(number))
+    wait_until_gone(retired)
+    assert identity(kernel).is_alive
+    assert len(guardian.fork_servers.all()) == fork_servers.MAX_SERVERS
 
 
 def test_what_cannot_be_built_is_refused_for_good_with_its_reason_logged_once(guardian, tmp_path, caplog):

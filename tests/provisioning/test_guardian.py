@@ -15,6 +15,7 @@ import pytest
 from dspex_kernels import errors
 from dspex_kernels.provisioning import guardian as guardian_process
 from dspex_kernels.provisioning.guardians import Guardians
+from tests import leaks
 from tests.provisioning.families import (
     PYTHON,
     launch_family,
@@ -95,7 +96,7 @@ def test_an_argument_that_no_program_can_have_is_refused_and_the_guardian_lives_
 
 def test_a_launch_has_its_own_environment_directory_and_streams(guardian, tmp_path):
     code = "import os; os.write(1, os.getcwdb() + b' ' + os.environb[b'A'] + os.read(0, 1)); os.write(2, b' error')"
-    env = {"A": "ä\udcff", "DSPEX_TEST_RUN": os.environ["DSPEX_TEST_RUN"]}
+    env = {"A": "ä\udcff", leaks.RUN_VARIABLE: os.environ[leaks.RUN_VARIABLE]}
     with (tmp_path / "output").open("wb") as file:
         options = {"env": env, "cwd": "/usr", "stdout": file, "stderr": subprocess.STDOUT}
         process = guardian.launch([*PYTHON, code], **options).result(30)

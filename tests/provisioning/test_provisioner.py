@@ -18,7 +18,7 @@ from jupyter_client.provisioning import KernelProvisionerFactory
 from dspex_kernels import errors
 from dspex_kernels.provisioning import guardian as guardian_process
 from dspex_kernels.provisioning import provisioner as provisioner_module
-from dspex_kernels.provisioning.guardians import default_directory
+from dspex_kernels.provisioning.guardians import Guardians, default_directory
 from dspex_kernels.provisioning.provisioner import GuardedProvisioner
 from tests.provisioning.families import PYTHON
 from tests.waiting import wait_until
@@ -60,8 +60,19 @@ async def run_cell(client: Any, code: str, output: asyncio.Event | None = None) 
     return dict((await client.execute_interactive(code, timeout=30, output_hook=hook))["content"])
 
 
+@pytest.fixture(autouse=True)
+def _own_guardians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guardian of kernels that no service owns ends with the last of them."""
+    monkeypatch.setattr(provisioner_module, "_guardians", Guardians(linger=0))
+    monkeypatch.setattr(sys.modules[__name__], "_THERE_BEFORE", set(services()))
+
+
+_THERE_BEFORE: set[Path] = set()
+
+
 def services() -> list[Path]:
-    return list(default_directory().iterdir()) if default_directory().exists() else []
+    there = set(default_directory().iterdir()) if default_directory().exists() else set()
+    return sorted(there - _THERE_BEFORE)
 
 
 def test_the_provisioner_is_found_by_its_name():
@@ -251,7 +262,7 @@ def test_a_start_that_is_cancelled_leaves_no_kernel(tmp_path):
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        await wait_until(lambda: guardian._launches == guardian._processes == {}, what="the kernel's end")
+        await wait_until(lambda: guardian._asked == guardian._processes == {}, what="the kernel's end")
         assert guardian_process.children(guardian.pid) == []
         await asyncio.wrap_future(guardian.stop())
 
