@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,8 +32,13 @@ def build() -> Template:
     It leaves one thread, no ZMQ context, no event loop, no ``dspy.cache``, no connection and no open file.
     """
     prepare()
+    from jupyter_client.localinterfaces import localhost
+
+    from dspex_kernels.kernel import rehearsal
     from dspex_kernels.kernel.app import DSPexKernelApp
 
+    localhost()  # else each child looks through the network's interfaces: 11 ms
+    rehearsal.warm()
     app = DSPexKernelApp.instance()
     app.build()
     return Template(app)
@@ -50,7 +56,17 @@ class Template:
         self.sources: list[str] = []
 
     def rehearse(self) -> None:
-        """Live a short kernel's life in a throw-away child, so that all is imported that a kernel imports."""
+        """Live a short kernel's life in a throw-away child, so that all is imported that a kernel imports.
+
+        Called in place of ``serve``, in a directory that is removed afterwards. It is a full kernel's life: a lean
+        one imports no more.
+        """
+        from dspex_kernels.kernel.rehearsal import Visitor
+
+        os.environ.pop("DSPEX_LEAN", None)
+        visitor = Visitor(Path.cwd())
+        self.serve(visitor.connection_file, visitor.start)
+        visitor.join()
 
     def park(self) -> None:
         """Do in a child what can be done before it is known whose kernel it will be."""

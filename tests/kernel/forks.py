@@ -6,7 +6,9 @@ Run as a script it is that process: it takes one JSON object a line and answers 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -23,9 +25,9 @@ from typing import Any, Self
 class Forks:
     """The process, as its tests use it."""
 
-    def __init__(self, env: dict[str, str] | None = None) -> None:
+    def __init__(self, env: dict[str, str] | None = None, *, rehearse: bool = False) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-Xfrozen_modules=off", __file__],
+            [sys.executable, "-Xfrozen_modules=off", __file__, *(["--rehearse"] if rehearse else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(env or {})},
@@ -56,11 +58,12 @@ def main() -> None:
 
     began = time.monotonic()
     built = template.build()
-    answer = {"build_s": time.monotonic() - began, **_state()}
+    children: dict[int, socket.socket] = {}
+    learned = _rehearse(built) if "--rehearse" in sys.argv else []
+    answer = {"build_s": time.monotonic() - began, "learned": learned, **_state()}
     gc.disable()
     gc.collect()
     gc.freeze()
-    children: dict[int, socket.socket] = {}
     while True:
         print(json.dumps(answer), flush=True)
         line = sys.stdin.readline()
@@ -76,6 +79,24 @@ def main() -> None:
                 _, status = os.waitpid(asked["pid"], 0)
                 children.pop(asked["pid"]).close()
                 answer = {"exit": os.waitstatus_to_exitcode(status)}
+
+
+def _rehearse(built: Any) -> list[str]:
+    """The modules that a rehearsing child has imported, imported here too."""
+    children: dict[int, socket.socket] = {}
+    with tempfile.TemporaryDirectory(prefix="dx-") as directory:
+        pid = _fork(built, children)["pid"]
+        asked = {"env": {**os.environ, "HOME": directory}, "cwd": directory, "rehearse": True, "output": "out"}
+        said = _assign(children[pid], {"connection_file": "", **asked})["said"]
+        os.waitpid(pid, 0)
+        children[pid].close()
+        assert said, (Path(directory) / "out").read_text()
+    learned = []
+    for name in json.loads(said):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+            learned.append(name)
+    return learned
 
 
 def _state() -> dict[str, Any]:
