@@ -115,9 +115,7 @@ class PooledBackend(SessionBackend):
                     self.queue.bind(record.session_id, member.kernel_id)
                     return _place(room)
             except errors.KernelDied:
-                self.log.info(
-                    "session %s: its kernel died while it was opened; another is asked", record.session_id
-                )
+                raise PlaceGone(record.session_id) from None  # the service counts how often
             except errors.CommandTimeout as late:
                 self._suspect(member)
                 raise errors.KernelStartFailed(

@@ -296,7 +296,8 @@ class Storm:
         """Kill a kernel after its change is durable and before the caller knows."""
         if self.backend == "pooled":
             self._trap = asyncio.get_running_loop().create_future()
-            await asyncio.wait_for(self._trap, 60)
+            async with asyncio.timeout(60):  # ``wait_for`` may lose the cancel that ends a storm that failed
+                await self._trap
         else:
             customer = self._random.choice(self.customers)
             customer.ambushed.set()
