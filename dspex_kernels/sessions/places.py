@@ -375,8 +375,8 @@ class Places:
                 return
             await backend.close(live.session_id)  # another service may have the session by now
         raise errors.KernelStartFailed(
-            f"session {live.session_id!r}: {len(OPEN_PAUSES)} places in a row were lost before they were ready; call "
-            "again, and see the kernels' logs",
+            f"session {live.session_id!r}: {len(OPEN_PAUSES)} places in a row were lost before they were ready; "
+            "call again, and see the kernels' logs",
             details={"session_id": live.session_id},
         )
 

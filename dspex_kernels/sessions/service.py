@@ -26,6 +26,7 @@ from traitlets.config import LoggingConfigurable
 from dspex_kernels import config, errors, logs
 from dspex_kernels.protocol import names
 from dspex_kernels.protocol.commands import get_command
+from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import SessionBackend
 from dspex_kernels.sessions.calls import Call, CallOptions, EventListener
 from dspex_kernels.sessions.carrier import Carrier
@@ -50,12 +51,16 @@ from dspex_kernels.sessions.pooled import PooledBackend
 from dspex_kernels.sessions.registry import Registry, new_record
 from dspex_kernels.sessions.secrets import Vault
 from dspex_kernels.sessions.session import Session
-from dspex_kernels.sessions.sizes import StoreSize, memory_bytes
+from dspex_kernels.sessions.sizes import Size, memory_bytes, read_memory
 from dspex_kernels.sessions.store import SessionStore, default_store_url
 from dspex_kernels.sessions.store.sql import SQLStore
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure, new_service_id
 
+PORTION = 100
+"""Sessions told of between two rounds of the event loop: about 2 ms."""
+STORE_SIZE_AGE, MEMORY_AGE = 10.0, 1.0
+"""Seconds after which a health check has the store's size, and the service's, looked at anew."""
 STOP_TIMEOUT = 20.0
 """Seconds in which running calls and folds must have ended when the service stops."""
 
@@ -221,7 +226,10 @@ class SessionService(LoggingConfigurable):
             interval=self.cull_interval,
             log=self.log,
         )
-        self._store_size = StoreSize(self._store, self._tasks)
+        self._memory = Size(
+            read_memory, "the service's memory", self._tasks, max_age=MEMORY_AGE, known=memory_bytes()
+        )
+        self._store_size = Size(self._store.size, "the store's size", self._tasks, max_age=STORE_SIZE_AGE)
         self._keeper.refused = self._places.discard
         for backend in self._backends.values():
             self.figures.watch(backend.name, backend.figures if isinstance(backend, PooledBackend) else None)
@@ -405,7 +413,13 @@ class SessionService(LoggingConfigurable):
         self._check_running()
         chosen = list(self._registry) if owner is None else self._registry.owned_by(owner)
         chosen.sort(key=lambda live: (live.record.created_at, live.session_id))
-        return [self._info(live) for live in chosen]
+        listed = []
+        for number, live in enumerate(chosen, start=1):
+            if live.status is not SessionStatus.DESTROYED:  # it may have been meanwhile
+                listed.append(self._info(live))
+            if number % PORTION == 0:
+                await asyncio.sleep(0)
+        return listed
 
     async def get_session_info(self, session_id: str) -> SessionInfo:
         """What the service knows about a session; asks no kernel.
@@ -495,7 +509,7 @@ class SessionService(LoggingConfigurable):
 
         Returns:
             ``status`` ("ok"; "degraded" where kernels have left the pool; "stopped"), ``calls`` that run,
-            ``memory_bytes`` of the service, ``store_bytes`` (None where unknown; up to ten seconds old),
+            ``memory_bytes`` of the service, ``store_bytes`` (None where unknown), both as of a moment ago,
             ``sessions`` by status, and ``backends`` by name: their sessions, ``memory_bytes`` of their kernels,
             what happened in the ``last_minute`` and in ``totals``; of the pool its kernels and its queue.
         """
@@ -507,7 +521,7 @@ class SessionService(LoggingConfigurable):
         return {
             "status": running if self._running else "stopped",
             "calls": len(self._carrier.running),
-            "memory_bytes": memory_bytes(),
+            "memory_bytes": self._memory.read() if self._running else memory_bytes(),
             "store_bytes": self._store_size.read() if self._running else None,
             **figures,
         }
