@@ -65,7 +65,9 @@ class PooledBackend(SessionBackend):
             self._vacate,
             self._take_reply,
         )
-        self.queue = FairQueue(max_waiting=pool.max_queue_size, max_running_per_session=pool.max_calls_per_session)
+        # One slot of its kernel a session leaves to others: whoever comes need not wait for a call of it to end.
+        at_once = min(pool.max_calls_per_session, max(pool.max_calls_per_kernel - 1, 1))
+        self.queue = FairQueue(max_waiting=pool.max_queue_size, max_running_per_session=at_once)
         self._rooms: dict[str, _Room] = {}
         self._tasks = Tasks(self.log)
         self._collecting: asyncio.Task[None] | None = None

@@ -34,6 +34,7 @@ from dspex_kernels.sessions.culling import Culler, Policy, due
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.figures import Figures
 from dspex_kernels.sessions.followers import Followers
+from dspex_kernels.sessions.garbage import SURVIVORS_ASIDE
 from dspex_kernels.sessions.happenings import Happening, Listeners, SessionDestroyed, SessionMigrated
 from dspex_kernels.sessions.idle import IdleSessions, facts_of
 from dspex_kernels.sessions.keeper import Keeper
@@ -114,6 +115,12 @@ class SessionService(LoggingConfigurable):
     session_ttl = Float(
         0.0, min=0, help="Seconds after its last use until a session is destroyed, hibernated or not; 0 is never."
     ).tag(config=True)
+    survivors_aside_from = Integer(
+        100,
+        min=0,
+        help="Sessions from which on Python's garbage collector goes through what it has been through before only "
+        "once an hour: ten thousand sessions stop everything for 0.2 s. For the whole process; 0 is never.",
+    ).tag(config=True)
     lm_policy = Instance(config.LMPolicy, help="Which models, hosts and keys LM profiles may name.")
     provider_limits = Instance(config.ProviderLimits, help="What all sessions together may ask of a provider.")
 
@@ -143,6 +150,7 @@ class SessionService(LoggingConfigurable):
         self._registry = Registry(self.figures.moved)
         self._tasks = Tasks(self.log)
         self._running = False
+        self._has_survivors_aside = False
         self._culling: asyncio.Task[None] | None = None
         self._chosen = 0
         """Sessions whose backend was left to the service."""
@@ -167,6 +175,7 @@ class SessionService(LoggingConfigurable):
             for backend in self._backends.values():
                 await backend.start()
             await self._lifetimes.load()
+            self._set_survivors_aside()
             self._keeper.start()
             self._culling = asyncio.create_task(self._culler.run())
         except BaseException:
@@ -272,6 +281,15 @@ class SessionService(LoggingConfigurable):
             await self._keep_all()
             await self._tenure.end()
             await self._store.close()
+            if self._has_survivors_aside:
+                self._has_survivors_aside = False
+                SURVIVORS_ASIDE.end()
+
+    def _set_survivors_aside(self) -> None:
+        """Spare the collector, and everybody who waits for it, once the sessions are many."""
+        if not self._has_survivors_aside and 0 < self.survivors_aside_from <= len(self._registry):
+            self._has_survivors_aside = True
+            SURVIVORS_ASIDE.begin()
 
     async def _keep_all(self) -> None:
         """Keep what the kernels' ends left to be kept; what takes too long is found again by the next service."""
@@ -364,6 +382,7 @@ class SessionService(LoggingConfigurable):
         record = new_record(session_id, owner=owner, backend=backend, directory=directory)
         live = LiveSession.of(record)
         self._registry.add(live)  # counted from here on, while it starts
+        self._set_survivors_aside()
         live.creating = self._tasks.spawn(self._lifetimes.begin(live))
         with self._carrier.counted(live, None):
             try:

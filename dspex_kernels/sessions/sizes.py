@@ -19,8 +19,8 @@ _log = logs.get_logger(__name__)
 async def read_memory() -> int:
     """Resident memory of this process, read in a thread.
 
-    A file is quick to read; but whoever reads lets other threads have the interpreter, and waits until it comes back:
-    5 ms each time that one of them computes.
+    A file is quick to read; but whoever reads lets other threads have the interpreter, and waits until it comes
+    back: 5 ms each time that one of them computes.
     """
     return await asyncio.to_thread(memory_bytes)
 

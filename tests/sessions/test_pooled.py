@@ -101,6 +101,24 @@ def test_which_replies_count_and_what_they_tell(tmp_path):
     run(work())
 
 
+@pytest.mark.parametrize(("slots", "limit", "at_once"), [(8, 16, 7), (256, 16, 16), (2, 16, 1), (1, 16, 1)])
+def test_a_session_leaves_a_slot_of_its_kernel_to_others(slots, limit, at_once, tmp_path):
+    async def work() -> None:
+        async with started(tmp_path, max_calls_per_kernel=slots, max_calls_per_session=limit) as (backend, _):
+            await backend.open(record("s"), timeout=60)
+            await backend.call("s", call("configure", lm=SLOW))
+            await backend.call("s", call("create_program", program_id="qa", signature="question -> answer"))
+            asked = [call("execute_program", program_id="qa", inputs={"question": "?"}) for _ in range(at_once + 1)]
+            tasks = [asyncio.create_task(backend.call("s", one)) for one in asked]
+            await wait_until(lambda: backend.queue.waiting_of("s") == 1, what="the last of them to wait")
+            assert backend.queue.running_of("s") == at_once
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    run(work())
+
+
 def test_however_a_call_ends_its_slot_and_its_session_are_accounted_for(tmp_path):
     async def work() -> None:
         async with started(tmp_path) as (backend, told):
