@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,6 +117,23 @@ def test_a_session_leaves_a_slot_of_its_kernel_to_others(slots, limit, at_once, 
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+    run(work())
+
+
+def test_a_kernel_that_dies_while_it_opens_a_session_leaves_it_to_the_service_to_ask_another(tmp_path):
+    async def work() -> None:
+        async with started(tmp_path) as (backend, told):
+            member = await backend.pool.pick(60)
+            os.kill(member.kernel.pid, signal.SIGSTOP)
+            opening = asyncio.create_task(backend.open(record("s"), timeout=60))
+            await wait_until(lambda: member.sessions == 1, what="the session to be on its way")
+            os.kill(member.kernel.pid, signal.SIGKILL)
+            with pytest.raises(PlaceGone):
+                await opening
+            assert (member.sessions, backend.get_place("s"), told.lost) == (0, None, [])
+            await backend.open(record("s", generation=2), timeout=60)
+            assert backend.get_place("s").kernel_id != member.kernel_id
 
     run(work())
 
