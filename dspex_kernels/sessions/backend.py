@@ -102,6 +102,8 @@ class SessionBackend(LoggingConfigurable, metaclass=_BackendMeta):
             KernelStartFailed: No place came to be, and nothing is left of it. The service marks the session
                 ``failed``, tells every caller that waited, and tries again on the next call.
             NotADSPexKernel: What was started is another kernel; treated the same.
+            PlaceGone: The kernel of others that was to have it died meanwhile, and nothing is left of it. The
+                service opens another place, a few times.
         """
 
     @abc.abstractmethod

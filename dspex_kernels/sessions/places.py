@@ -28,8 +28,10 @@ from dspex_kernels.sessions.store import SessionStore
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure
 
-OPEN_ATTEMPTS = 3
-"""Places in a row that may be lost before they are ready; then the callers are told."""
+OPEN_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Seconds before each try to open a place, where the one before was lost before it was ready; after the last the
+callers are told. Kernels that die one after another are to be outlived; a session that kills each kernel it is
+opened in must not have them all."""
 CANCEL_TIMEOUT = 20.0
 """Seconds in which a start that was cancelled must have ended."""
 
@@ -357,13 +359,14 @@ class Places:
 
     async def _enter(self, live: LiveSession, backend: SessionBackend) -> None:
         """Open a place and make it ready; another one, where it is lost meanwhile: nothing of any call has run."""
-        for _ in range(OPEN_ATTEMPTS):
+        for pause in OPEN_PAUSES:
+            await asyncio.sleep(pause)
             times_deposed = self._tenure.times_deposed
             await self._keeper.drain(live)
             record = live.record if live.fresh else await self._next_record(live)
             live.fresh = False
-            await backend.open(record, timeout=self._start_timeout)
             try:
+                await backend.open(record, timeout=self._start_timeout)
                 await self._tell_key(live, backend)
             except (PlaceGone, errors.KernelDied) as lost:
                 self._log.info("session %s: its new place was lost before it was ready: %s", live.session_id, lost)
@@ -372,8 +375,8 @@ class Places:
                 return
             await backend.close(live.session_id)  # another service may have the session by now
         raise errors.KernelStartFailed(
-            f"session {live.session_id!r}: {OPEN_ATTEMPTS} places in a row were lost before they were ready; call "
-            "again, and see the kernels' logs",
+            f"session {live.session_id!r}: {len(OPEN_PAUSES)} places in a row were lost before they were ready; "
+            "call again, and see the kernels' logs",
             details={"session_id": live.session_id},
         )
 

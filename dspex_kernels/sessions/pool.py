@@ -85,7 +85,11 @@ class KernelPool(LoggingConfigurable):
     )
     queue_timeout = Float(30.0, min=0.001, help="Seconds that a call waits for its turn at most.").tag(config=True)
     max_calls_per_kernel = Integer(256, min=1, help="Calls that run side by side in one kernel.").tag(config=True)
-    max_calls_per_session = Integer(16, min=1, help="Calls of one session that run side by side.").tag(config=True)
+    max_calls_per_session = Integer(
+        16,
+        min=1,
+        help="Calls of one session that run side by side; one slot of its kernel is left to others in any case.",
+    ).tag(config=True)
     restart_strategy = Enum(
         ["permanent", "transient", "temporary"],
         "permanent",

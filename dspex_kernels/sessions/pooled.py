@@ -9,8 +9,9 @@ store before the caller is answered (``changed``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.commands import Command, get_command
@@ -64,7 +65,9 @@ class PooledBackend(SessionBackend):
             self._vacate,
             self._take_reply,
         )
-        self.queue = FairQueue(max_waiting=pool.max_queue_size, max_running_per_session=pool.max_calls_per_session)
+        # One slot of its kernel a session leaves to others: whoever comes need not wait for a call of it to end.
+        at_once = min(pool.max_calls_per_session, max(pool.max_calls_per_kernel - 1, 1))
+        self.queue = FairQueue(max_waiting=pool.max_queue_size, max_running_per_session=at_once)
         self._rooms: dict[str, _Room] = {}
         self._tasks = Tasks(self.log)
         self._collecting: asyncio.Task[None] | None = None
@@ -115,9 +118,7 @@ class PooledBackend(SessionBackend):
                     self.queue.bind(record.session_id, member.kernel_id)
                     return _place(room)
             except errors.KernelDied:
-                self.log.info(
-                    "session %s: its kernel died while it was opened; another is asked", record.session_id
-                )
+                raise PlaceGone(record.session_id) from None  # the service counts how often
             except errors.CommandTimeout as late:
                 self._suspect(member)
                 raise errors.KernelStartFailed(
@@ -137,7 +138,7 @@ class PooledBackend(SessionBackend):
             return await self._ask(room, call, call.timeout)
         deadline = asyncio.get_running_loop().time() + call.timeout
         if room.leaving:
-            await self._until_gone(room, call, deadline)
+            await self._until_gone(room, deadline)
         self._move_if_crowded(room)
         entered = asyncio.get_running_loop().time()
         try:
@@ -149,8 +150,7 @@ class PooledBackend(SessionBackend):
                 request_id=call.request_id,
             )
         except Moved:
-            await self._until_gone(room, call, deadline)
-            raise
+            await self._until_gone(room, deadline)
         finally:
             call.watch.waited(asyncio.get_running_loop().time() - entered)
         try:
@@ -239,25 +239,17 @@ class PooledBackend(SessionBackend):
         except errors.DSPexError as failure:
             self.log.debug("session %s: the kernel it left did not drop it: %s", session_id, failure)
 
-    async def _until_gone(self, room: _Room, call: Call, deadline: float) -> None:
-        """Wait until a session that leaves its kernel has left.
+    async def _until_gone(self, room: _Room, deadline: float) -> NoReturn:
+        """Wait until a session that leaves its kernel has left, or a call's time is over.
 
         Raises:
-            PlaceGone: It has.
-            CommandTimeout: Not by the deadline.
+            PlaceGone: In any case: who carries the call asks anew, or tells that its time is over.
         """
         if self._rooms.get(room.session_id) is room:
             room.gone = room.gone or asyncio.Event()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     await room.gone.wait()
-            except TimeoutError:
-                raise errors.CommandTimeout(
-                    f"{call.command}: the time was over while session {room.session_id!r} moved to another kernel; "
-                    "call again, or give more time",
-                    details={"session_id": room.session_id, "command": call.command},
-                    retry_after=1.0,
-                ) from None  # the TimeoutError tells nothing more
         raise PlaceGone(room.session_id)
 
     def _joined(self, member: PoolKernel) -> None:

@@ -27,6 +27,9 @@ class Registry:
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(list(self._sessions.values()))
 
+    def __len__(self) -> int:
+        return len(self._sessions)
+
     def get(self, session_id: str) -> LiveSession:
         """The session of that id.
 

@@ -26,6 +26,7 @@ from traitlets.config import LoggingConfigurable
 from dspex_kernels import config, errors, logs
 from dspex_kernels.protocol import names
 from dspex_kernels.protocol.commands import get_command
+from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions.backend import SessionBackend
 from dspex_kernels.sessions.calls import Call, CallOptions, EventListener
 from dspex_kernels.sessions.carrier import Carrier
@@ -33,6 +34,7 @@ from dspex_kernels.sessions.culling import Culler, Policy, due
 from dspex_kernels.sessions.dedicated import DedicatedBackend
 from dspex_kernels.sessions.figures import Figures
 from dspex_kernels.sessions.followers import Followers
+from dspex_kernels.sessions.garbage import SURVIVORS_ASIDE
 from dspex_kernels.sessions.happenings import Happening, Listeners, SessionDestroyed, SessionMigrated
 from dspex_kernels.sessions.idle import IdleSessions, facts_of
 from dspex_kernels.sessions.keeper import Keeper
@@ -50,12 +52,16 @@ from dspex_kernels.sessions.pooled import PooledBackend
 from dspex_kernels.sessions.registry import Registry, new_record
 from dspex_kernels.sessions.secrets import Vault
 from dspex_kernels.sessions.session import Session
-from dspex_kernels.sessions.sizes import StoreSize, memory_bytes
+from dspex_kernels.sessions.sizes import Size, memory_bytes, read_memory
 from dspex_kernels.sessions.store import SessionStore, default_store_url
 from dspex_kernels.sessions.store.sql import SQLStore
 from dspex_kernels.sessions.tasks import Tasks
 from dspex_kernels.sessions.tenure import Tenure, new_service_id
 
+PORTION = 100
+"""Sessions told of between two rounds of the event loop: about 2 ms."""
+STORE_SIZE_AGE, MEMORY_AGE = 10.0, 1.0
+"""Seconds after which a health check has the store's size, and the service's, looked at anew."""
 STOP_TIMEOUT = 20.0
 """Seconds in which running calls and folds must have ended when the service stops."""
 
@@ -114,6 +120,12 @@ class SessionService(LoggingConfigurable):
     session_ttl = Float(
         0.0, min=0, help="Seconds after its last use until a session is destroyed, hibernated or not; 0 is never."
     ).tag(config=True)
+    survivors_aside_from = Integer(
+        100,
+        min=0,
+        help="Sessions from which on Python's garbage collector goes through what it has been through before only "
+        "once an hour: ten thousand sessions stop everything for 0.2 s. For the whole process; 0 is never.",
+    ).tag(config=True)
     lm_policy = Instance(config.LMPolicy, help="Which models, hosts and keys LM profiles may name.")
     provider_limits = Instance(config.ProviderLimits, help="What all sessions together may ask of a provider.")
 
@@ -143,6 +155,7 @@ class SessionService(LoggingConfigurable):
         self._registry = Registry(self.figures.moved)
         self._tasks = Tasks(self.log)
         self._running = False
+        self._has_survivors_aside = False
         self._culling: asyncio.Task[None] | None = None
         self._chosen = 0
         """Sessions whose backend was left to the service."""
@@ -167,6 +180,7 @@ class SessionService(LoggingConfigurable):
             for backend in self._backends.values():
                 await backend.start()
             await self._lifetimes.load()
+            self._set_survivors_aside()
             self._keeper.start()
             self._culling = asyncio.create_task(self._culler.run())
         except BaseException:
@@ -226,7 +240,10 @@ class SessionService(LoggingConfigurable):
             interval=self.cull_interval,
             log=self.log,
         )
-        self._store_size = StoreSize(self._store, self._tasks)
+        self._memory = Size(
+            read_memory, "the service's memory", self._tasks, max_age=MEMORY_AGE, known=memory_bytes()
+        )
+        self._store_size = Size(self._store.size, "the store's size", self._tasks, max_age=STORE_SIZE_AGE)
         self._keeper.refused = self._places.discard
         for backend in self._backends.values():
             self.figures.watch(backend.name, backend.figures if isinstance(backend, PooledBackend) else None)
@@ -269,6 +286,15 @@ class SessionService(LoggingConfigurable):
             await self._keep_all()
             await self._tenure.end()
             await self._store.close()
+            if self._has_survivors_aside:
+                self._has_survivors_aside = False
+                SURVIVORS_ASIDE.end()
+
+    def _set_survivors_aside(self) -> None:
+        """Spare the collector, and everybody who waits for it, once the sessions are many."""
+        if not self._has_survivors_aside and 0 < self.survivors_aside_from <= len(self._registry):
+            self._has_survivors_aside = True
+            SURVIVORS_ASIDE.begin()
 
     async def _keep_all(self) -> None:
         """Keep what the kernels' ends left to be kept; what takes too long is found again by the next service."""
@@ -361,6 +387,7 @@ class SessionService(LoggingConfigurable):
         record = new_record(session_id, owner=owner, backend=backend, directory=directory)
         live = LiveSession.of(record)
         self._registry.add(live)  # counted from here on, while it starts
+        self._set_survivors_aside()
         live.creating = self._tasks.spawn(self._lifetimes.begin(live))
         with self._carrier.counted(live, None):
             try:
@@ -410,7 +437,13 @@ class SessionService(LoggingConfigurable):
         self._check_running()
         chosen = list(self._registry) if owner is None else self._registry.owned_by(owner)
         chosen.sort(key=lambda live: (live.record.created_at, live.session_id))
-        return [self._info(live) for live in chosen]
+        listed = []
+        for number, live in enumerate(chosen, start=1):
+            if live.status is not SessionStatus.DESTROYED:  # it may have been meanwhile
+                listed.append(self._info(live))
+            if number % PORTION == 0:
+                await asyncio.sleep(0)
+        return listed
 
     async def get_session_info(self, session_id: str) -> SessionInfo:
         """What the service knows about a session; asks no kernel.
@@ -500,7 +533,7 @@ class SessionService(LoggingConfigurable):
 
         Returns:
             ``status`` ("ok"; "degraded" where kernels have left the pool; "stopped"), ``calls`` that run,
-            ``memory_bytes`` of the service, ``store_bytes`` (None where unknown; up to ten seconds old),
+            ``memory_bytes`` of the service, ``store_bytes`` (None where unknown), both as of a moment ago,
             ``sessions`` by status, and ``backends`` by name: their sessions, ``memory_bytes`` of their kernels,
             what happened in the ``last_minute`` and in ``totals``; of the pool its kernels and its queue.
         """
@@ -512,7 +545,7 @@ class SessionService(LoggingConfigurable):
         return {
             "status": running if self._running else "stopped",
             "calls": len(self._carrier.running),
-            "memory_bytes": memory_bytes(),
+            "memory_bytes": self._memory.read() if self._running else memory_bytes(),
             "store_bytes": self._store_size.read() if self._running else None,
             **figures,
         }

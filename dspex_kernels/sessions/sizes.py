@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from dspex_kernels import errors, logs
-from dspex_kernels.sessions.store import SessionStore
 from dspex_kernels.sessions.tasks import Tasks
 
-MAX_AGE = 10.0
-"""Seconds after which the store is asked again."""
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 _log = logs.get_logger(__name__)
+
+
+async def read_memory() -> int:
+    """Resident memory of this process, read in a thread.
+
+    A file is quick to read; but whoever reads lets other threads have the interpreter, and waits until it comes
+    back: 5 ms each time that one of them computes.
+    """
+    return await asyncio.to_thread(memory_bytes)
 
 
 def memory_bytes(pid: int | str = "self") -> int:
@@ -25,33 +33,46 @@ def memory_bytes(pid: int | str = "self") -> int:
         return 0
 
 
-class StoreSize:
-    """The store's size as it was a moment ago.
+class Size:
+    """A size as it was a moment ago: asking takes a while, and is done beside the loop.
 
     Args:
-        store: Open, whenever it is read.
-        tasks: Where the store is asked.
+        ask: Tells the size.
+        what: The size's name, for the log.
+        tasks: Where it is asked.
+        max_age: Seconds after which it is asked again.
+        known: What it is now; None is unknown.
     """
 
-    def __init__(self, store: SessionStore, tasks: Tasks) -> None:
-        self._store = store
+    def __init__(
+        self,
+        ask: Callable[[], Awaitable[int | None]],
+        what: str,
+        tasks: Tasks,
+        *,
+        max_age: float,
+        known: int | None = None,
+    ) -> None:
+        self._ask = ask
+        self._what = what
         self._tasks = tasks
-        self._bytes: int | None = None
-        self._asked_at = -MAX_AGE
+        self._max_age = max_age
+        self._bytes = known
+        self._asked_at = -math.inf
         self._asking: asyncio.Task[None] | None = None
 
     def read(self) -> int | None:
-        """Bytes; None while that is not known. Has the store asked again if this is old."""
+        """Bytes; None while that is not known. Has it asked again if this is old."""
         now = asyncio.get_running_loop().time()
-        if self._asking is None and now - self._asked_at >= MAX_AGE:
+        if self._asking is None and now - self._asked_at >= self._max_age:
             self._asked_at = now
-            self._asking = self._tasks.spawn(self._ask())
+            self._asking = self._tasks.spawn(self._look())
         return self._bytes
 
-    async def _ask(self) -> None:
+    async def _look(self) -> None:
         try:
-            self._bytes = await self._store.size()
+            self._bytes = await self._ask()
         except errors.DSPexError as failure:
-            _log.warning("the store does not tell its size: %s", failure)
+            _log.warning("%s cannot be told: %s", self._what, failure)
         finally:
             self._asking = None

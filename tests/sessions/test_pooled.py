@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,6 +99,41 @@ def test_which_replies_count_and_what_they_tell(tmp_path):
             assert told.changed == []
             backend._take_reply({**reply, "generation": 2})
             assert told.changed == [("s", 2, [CHANGE])]
+
+    run(work())
+
+
+@pytest.mark.parametrize(("slots", "limit", "at_once"), [(8, 16, 7), (256, 16, 16), (2, 16, 1), (1, 16, 1)])
+def test_a_session_leaves_a_slot_of_its_kernel_to_others(slots, limit, at_once, tmp_path):
+    async def work() -> None:
+        async with started(tmp_path, max_calls_per_kernel=slots, max_calls_per_session=limit) as (backend, _):
+            await backend.open(record("s"), timeout=60)
+            await backend.call("s", call("configure", lm=SLOW))
+            await backend.call("s", call("create_program", program_id="qa", signature="question -> answer"))
+            asked = [call("execute_program", program_id="qa", inputs={"question": "?"}) for _ in range(at_once + 1)]
+            tasks = [asyncio.create_task(backend.call("s", one)) for one in asked]
+            await wait_until(lambda: backend.queue.waiting_of("s") == 1, what="the last of them to wait")
+            assert backend.queue.running_of("s") == at_once
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    run(work())
+
+
+def test_a_kernel_that_dies_while_it_opens_a_session_leaves_it_to_the_service_to_ask_another(tmp_path):
+    async def work() -> None:
+        async with started(tmp_path) as (backend, told):
+            member = await backend.pool.pick(60)
+            os.kill(member.kernel.pid, signal.SIGSTOP)
+            opening = asyncio.create_task(backend.open(record("s"), timeout=60))
+            await wait_until(lambda: member.sessions == 1, what="the session to be on its way")
+            os.kill(member.kernel.pid, signal.SIGKILL)
+            with pytest.raises(PlaceGone):
+                await opening
+            assert (member.sessions, backend.get_place("s"), told.lost) == (0, None, [])
+            await backend.open(record("s", generation=2), timeout=60)
+            assert backend.get_place("s").kernel_id != member.kernel_id
 
     run(work())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import sqlite3
 from collections.abc import Callable, Coroutine
@@ -15,7 +16,7 @@ import pytest
 from dspex_kernels import errors
 from dspex_kernels.protocol.commands import COMMANDS, PUBLIC
 from dspex_kernels.protocol.states import SessionStatus
-from dspex_kernels.sessions import keeper
+from dspex_kernels.sessions import keeper, places
 from dspex_kernels.sessions.backend import PlaceGone
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.sessions.memory_backend import MemoryService as Service
@@ -88,6 +89,40 @@ class TestIdsAndLimits:
                 with pytest.raises(errors.InvalidSession, match="session id"):
                     await service.create_session(session_id=session_id)
                 assert await service.list_sessions() == []
+
+        run(work())
+
+    def test_others_have_the_event_loop_while_many_sessions_are_listed(self, make, monkeypatch):
+        monkeypatch.setattr("dspex_kernels.sessions.service.PORTION", 2)
+
+        async def work() -> None:
+            async with make() as service:
+                for number in range(5):
+                    await service.create_session(session_id=f"s{number}")
+                listing = asyncio.create_task(service.list_sessions())
+                destroying = asyncio.create_task(service.destroy_session("s4"))
+                await asyncio.sleep(0)
+                assert not listing.done()
+                listed = [info.session_id for info in await listing]
+                assert listed[:4] == ["s0", "s1", "s2", "s3"]
+                await destroying
+
+        run(work())
+
+    def test_a_service_of_many_sessions_spares_the_garbage_collector_until_it_stops(self, make):
+        async def work() -> None:
+            hooks = len(gc.callbacks)
+            async with make(survivors_aside_from=2) as service:
+                await service.create_session()
+                assert len(gc.callbacks) == hooks
+                await service.create_session()
+                await service.create_session()
+                assert len(gc.callbacks) == hooks + 1
+            assert len(gc.callbacks) == hooks
+            async with make(survivors_aside_from=2):  # it finds them there
+                assert len(gc.callbacks) == hooks + 1
+            async with make(survivors_aside_from=0):
+                assert len(gc.callbacks) == hooks
 
         run(work())
 
@@ -199,6 +234,45 @@ class TestOpening:
                 await service.memory.close("s")  # and nobody was told
                 assert await session.list_programs() == []
                 assert (await service.get_session_info("s")).generation == 2
+
+        run(work())
+
+    def test_places_that_are_lost_one_after_another_before_they_are_ready_are_outlived(self, make, monkeypatch):
+        monkeypatch.setattr(places, "OPEN_PAUSES", (0.0, 0.0, 0.0, 0.0))
+
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                service.memory.lose("s")
+                service.memory.opened.clear()
+                service.memory.start_failure = PlaceGone("s")
+                service.memory.gate.clear()
+                asking = asyncio.create_task(session.list_programs())
+                await wait_until(lambda: service.memory.opened, what="the first try")
+                service.memory.gate.set()
+                await wait_until(lambda: len(service.memory.opened) > 1, what="the second")
+                service.memory.start_failure = None
+                assert await asking == []
+                info = await service.get_session_info("s")
+                assert (info.status, info.generation) == (SessionStatus.READY, len(service.memory.opened) + 1)
+
+        run(work())
+
+    def test_a_session_whose_every_place_is_lost_fails_after_some(self, make, monkeypatch):
+        monkeypatch.setattr(places, "OPEN_PAUSES", (0.0, 0.0, 0.0))
+
+        async def work() -> None:
+            async with make() as service:
+                session = await service.create_session(session_id="s")
+                service.memory.lose("s")
+                service.memory.opened.clear()
+                service.memory.start_failure = PlaceGone("s")
+                with pytest.raises(errors.KernelStartFailed, match="3 places in a row were lost"):
+                    await session.list_programs()
+                assert len(service.memory.opened) == 3
+                assert (await service.get_session_info("s")).status is SessionStatus.FAILED
+                service.memory.start_failure = None
+                assert await session.list_programs() == []
 
         run(work())
 

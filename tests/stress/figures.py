@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 SCALE = float(os.environ.get("DSPEX_STRESS", "1"))
-"""1 is what CI runs; larger runs longer."""
+"""1 is the full size; the checks run a tenth of it with every change."""
 
 TIMEOUT = 300 * max(SCALE, 1.0)
 """Seconds for one test: what hangs must fail, whatever the machine."""

@@ -23,7 +23,7 @@ LOOK_INTERVAL = 0.01
 
 @contextlib.asynccontextmanager
 async def started(
-    directory: Path, backend: str, *, kernels: int = 2, **traits: Any
+    directory: Path, backend: str, *, kernels: int = 2, timeout: float = figures.TIMEOUT, **traits: Any
 ) -> AsyncIterator[SessionService]:
     """A service; one whose backend is the pool has all its kernels when this begins.
 
@@ -31,6 +31,7 @@ async def started(
         directory: Everything of the service is in it.
         backend: The sessions' own, unless they say.
         kernels: In the pool.
+        timeout: Seconds for all that is done with it.
         **traits: The service's.
     """
     pool = {"size": kernels, "prestart": backend == "pooled", **traits.pop("pool", {})}
@@ -41,7 +42,7 @@ async def started(
         config=Config({"KernelPool": pool}),
         **traits,
     )
-    async with asyncio.timeout(figures.TIMEOUT), service:
+    async with asyncio.timeout(timeout), service:
         if backend == "pooled":
             await until_whole(service, kernels)
         yield service

@@ -22,7 +22,7 @@ CALLS = figures.scaled(150)
 LATENCY = 0.05
 """Seconds that the LM thinks."""
 MANY, FEW = 256, 8
-"""Slots of a shared kernel: more than one session may have, and fewer, so that the other must wait for its turn."""
+"""Slots of a shared kernel: more than one session may have, and fewer than it would take if it could."""
 RATIO, AT_LEAST = 3, 0.02
 """How much longer than alone a call may wait; and what counts as no wait at all, in seconds."""
 
@@ -114,8 +114,7 @@ def test_a_flood_delays_only_whoever_floods(backend, slots, tmp_path):
             flood_per_s=rate,
         )
         assert rate > 0, "there was no flood"
-        if slots == MANY:  # where all are taken, a turn comes when a call ends: that is in the answer's time
-            assert turn <= max(RATIO * quantile(alone.turns, 0.95), AT_LEAST)
+        assert turn <= max(RATIO * quantile(alone.turns, 0.95), AT_LEAST)
         assert during <= max(RATIO * before, AT_LEAST)
 
     asyncio.run(work())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 
 import pytest
@@ -20,6 +19,8 @@ WARM_UP = 200
 """Sessions before: what is loaded once is no session's."""
 KERNEL_KIB, SERVICE_KIB = 50, 15
 """Memory for each session at most."""
+TIMEOUT = 2 * figures.TIMEOUT
+"""Seconds: each session costs five commits, and kernels that share two processors with whatever else runs there."""
 HEALTH_S = 0.02
 """Seconds in which the service must tell its health."""
 
@@ -41,22 +42,17 @@ async def destroy(service: SessionService, session_id: str) -> None:
 
 
 @pytest.mark.stress
-@pytest.mark.timeout(figures.TIMEOUT + 60)
+@pytest.mark.timeout(TIMEOUT + 60)
 def test_ten_thousand_sessions_live_in_four_kernels(tmp_path):
     async def work() -> None:
-        async with started(tmp_path, "pooled", kernels=KERNELS, max_sessions=0) as service:
+        async with started(tmp_path, "pooled", kernels=KERNELS, timeout=TIMEOUT, max_sessions=0) as service:
             for step in (make, execute, destroy):
                 await side_by_side((step(service, f"warm-{n}") for n in range(WARM_UP)), WORKERS)
-            try:
-                await live(service)
-            finally:
-                gc.unfreeze()
+            await live(service)
 
     async def live(service: SessionService) -> None:
         ids = [f"session-{number}" for number in range(SESSIONS)]
         pids = pids_of_pool(service)
-        gc.collect()
-        gc.freeze()  # as a server does once it has started: what the libraries have loaded is no session's
         service_before, kernels_before = own_memory(), sum(map(memory_of, pids))
         health = HealthWatch(service)
         seconds: dict[str, float] = {}
@@ -80,6 +76,7 @@ def test_ten_thousand_sessions_live_in_four_kernels(tmp_path):
             sessions=SESSIONS,
             kernel_kib=kernel_kib,
             service_kib=service_kib,
+            health_checks=len(health.alone),
             health_ms_p50=1000 * quantile(health.seconds, 0.5),
             health_ms_p99=1000 * quantile(health.seconds, 0.99),
             health_ms_max=1000 * max(health.seconds),
@@ -95,9 +92,10 @@ def test_ten_thousand_sessions_live_in_four_kernels(tmp_path):
         assert pids_of_pool(service) == pids, "a kernel died, or was recycled"
         assert kernel_kib <= KERNEL_KIB
         assert service_kib <= SERVICE_KIB
-        # By what the loop computes, and in the middle by the clock: the kernels want the same two processors, and
-        # how long others keep the loop from one is not its doing. Not the longest either: a full garbage collection
-        # goes through all the sessions, some ten times in all.
+        # Each check, from its call to its answer. How late that is after it was due is told above, and held to what
+        # the loop computes and to the middle: the kernels want the same two processors, and how long others keep
+        # the loop from one is not its doing.
+        assert max(health.alone) <= HEALTH_S
         assert busy <= HEALTH_S
         assert quantile(health.seconds, 0.5) <= HEALTH_S
 
