@@ -30,6 +30,7 @@ from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.lms.endpoints import Endpoints
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook import display, magics
+from dspex_kernels.kernel.road import Road
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
 from dspex_kernels.protocol.commands import OpenSessionArgs
@@ -57,6 +58,7 @@ class DSPexKernelApp(IPKernelApp):
     ).tag(config=True)
 
     kernel_class = DSPexKernel
+    road: Road | None = None
 
     @catch_config_error
     def initialize(self, argv: list[str] | None = None) -> None:
@@ -92,6 +94,17 @@ class DSPexKernelApp(IPKernelApp):
             super().init_iopub(context)
         finally:
             kernelapp.IOPubThread = stock
+
+    def init_sockets(self) -> None:
+        """Called first: bind Jupyter's channels, and our own beside them."""
+        super().init_sockets()
+        self.road = Road.bind(self)
+
+    def close(self) -> None:
+        """Called at the process's end: the context waits for sockets that are not closed."""
+        if self.road is not None:
+            self.road.close()
+        super().close()
 
     def init_kernel(self) -> None:
         """Called once the sockets are bound: build the dispatcher, then the kernel around it."""

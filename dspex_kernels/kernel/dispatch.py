@@ -470,7 +470,10 @@ class Dispatcher:
             self._running[key] = call
             namespace.running += 1
             # Under the lock: what is admitted before close() is launched before it looks at what runs.
-            self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
+            if threading.get_ident() == self.thread.ident:
+                self._launch(ask, request, command, args, call)
+            else:
+                self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
         return call
 
     def _launch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:

@@ -21,9 +21,11 @@ from IPython.core.interactiveshell import InteractiveShell
 from dspex_kernels import __version__, errors
 from dspex_kernels.kernel.dispatch import Ask, Dispatcher
 from dspex_kernels.kernel.notebook.asker import NotebookAsker
+from dspex_kernels.kernel.road import Reply, Road
 from dspex_kernels.kernel.status import StatusBoard
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION
 from dspex_kernels.protocol.commands import COMMANDS
+from dspex_kernels.protocol.envelopes import Opened
 from dspex_kernels.protocol.messages import EVENT, REPLY, REQUEST
 
 NEEDS_CODE = (
@@ -52,6 +54,7 @@ class DSPexKernel(IPythonKernel):
         self._status = StatusBoard(self._send_status)
         self._cell: Callable[[FrameType | None], None] | None = None
         self.dispatcher: Dispatcher = kwargs["parent"].dispatcher
+        self._road: Road | None = kwargs["parent"].road
         self.asker = NotebookAsker(self.dispatcher)
         super().__init__(**kwargs)
         for name in RUN_USER_CODE:
@@ -81,6 +84,8 @@ class DSPexKernel(IPythonKernel):
             "allow_code": identity.allow_code,
             "version": __version__,
         }
+        if self._road is not None:
+            info[FEATURE]["endpoint"] = self._road.endpoint
         return info
 
     # Commands
@@ -122,7 +127,17 @@ class DSPexKernel(IPythonKernel):
             # A stream is its own thread's: sending from another corrupts it.
             stream.io_loop.add_callback(self.session.send, stream, REPLY, answer, parent, ident=ident)
 
-        quiet = isinstance(content, dict) and _is_control(content.get("command"))
+        self._take(ident, parent, content, reply, quiet=_is_control(content))
+
+    def _take_from_road(self, request: Opened, content: Any, reply: Reply) -> None:
+        # States are told where somebody looks: notebooks, their server's culler, a caller who awaits events.
+        streams = isinstance(content, dict) and content.get("stream") is True
+        watched = streams or self.dispatcher.clients() != 0
+        parent = {"header": request.header}
+        quiet = not watched or _is_control(content)
+        self._take(request.identities, parent, content, reply, quiet=quiet)
+
+    def _take(self, ident: Any, parent: dict[str, Any], content: Any, reply: Reply, *, quiet: bool) -> None:
         self.dispatcher.submit(
             Ask(
                 content,
@@ -311,19 +326,24 @@ class DSPexKernel(IPythonKernel):
     def start(self) -> None:
         """Called by the application once all sockets are there."""
         self.dispatcher.start()
+        if self._road is not None:
+            self._road.serve(self.dispatcher, self._take_from_road)
         super().start()
 
     async def do_shutdown(self, restart: bool) -> dict[str, Any]:
         """Called on ``shutdown_request``, in the control thread: answer what runs, close what is open."""
         reason = errors.KernelDied("the kernel is restarting" if restart else "the kernel is shutting down")
         await asyncio.to_thread(self.dispatcher.close, reason)
+        if self._road is not None:
+            self._road.close()  # nobody reads it any more: who asks now is answered on shell
         if not restart and self.parent is not None:
             self.parent.forget_session()
         reply: dict[str, Any] = super().do_shutdown(restart)
         return reply
 
 
-def _is_control(command: Any) -> bool:
+def _is_control(content: Any) -> bool:
+    command = content.get("command") if isinstance(content, dict) else None
     row = COMMANDS.get(command) if isinstance(command, str) else None
     return row is not None and row.control
 

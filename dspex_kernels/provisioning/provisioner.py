@@ -18,7 +18,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 from traitlets import List, Unicode
 
-from dspex_kernels import errors, logs
+from dspex_kernels import config, errors, logs
 from dspex_kernels.provisioning.guardian_client import GuardedProcess, Guardian, unsupported
 from dspex_kernels.provisioning.guardians import Guardians
 
@@ -97,6 +97,7 @@ class GuardedProvisioner(LocalProvisioner):
         if kwargs.get("independent") or not _is_supported():
             return await super().launch_kernel(cmd, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in _NOT_OURS}
+        options["env"] = {**(options.get("env") or os.environ), **self._road()}
         if unknown := sorted(set(options) - _OPTIONS):
             raise TypeError(f"a guarded kernel cannot be started with {', '.join(unknown)}")
         if self._guardian is None:
@@ -173,7 +174,12 @@ class GuardedProvisioner(LocalProvisioner):
         paths = [os.path.realpath(manager.connection_file)] if manager is not None else []
         if info.get("transport") == "ipc":
             paths += [f"{info['ip']}-{info[channel]}" for channel in _IPC_CHANNELS]
-        return paths
+        return [*paths, *self._road().values()]
+
+    def _road(self) -> dict[str, str]:
+        """What tells a kernel of ours that the socket of its own channel will be removed; nothing over tcp."""
+        info = self.connection_info
+        return {config.ENV_ROAD: config.road_path(info["ip"])} if info.get("transport") == "ipc" else {}
 
 
 async def _is_done(future: Future[Any], timeout: float) -> bool:
