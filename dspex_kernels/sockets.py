@@ -15,6 +15,9 @@ from dspex_kernels import logs
 BURST = 100
 """Messages read in one turn of the loop: everything else is to have its turn too."""
 
+# As plain numbers: joining pyzmq's flags for each frame takes longer than sending it.
+_MORE, _LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
+
 _log = logs.get_logger(__name__)
 
 
@@ -46,7 +49,9 @@ class LoopSocket:
             if self._socket.closed:
                 return False
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK)
+                for frame in frames[:-1]:
+                    self._socket.send(frame, _MORE)
+                self._socket.send(frames[-1], _LAST)
             except zmq.Again:
                 return False
             # Sending may have taken note of what came in, of which the descriptor does not tell again then.
@@ -94,7 +99,7 @@ class LoopSocket:
                 self._writable.set()
                 self._writable = None
             try:
-                return self._socket.recv_multipart(zmq.NOBLOCK)
+                return self._socket.recv_multipart(_LAST)
             except zmq.Again:
                 return None
 

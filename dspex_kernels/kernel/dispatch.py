@@ -34,8 +34,8 @@ MAX_HOPS = 64
 CLOSING_TIME = 2.0
 """Seconds in which stopped commands must have ended when their session or the kernel is closed."""
 
-WRITE_SPENT_INTERVAL = 0.5
-"""Seconds between looks at what was spent outside finished commands: by cells, and by commands that still run."""
+WRITE_SPENT_AFTER = 0.2
+"""Seconds after which it is written down that something was spent: an answer does not wait for that."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,13 @@ class Dispatcher:
         self._closing: set[asyncio.Task[None]] = set()
         self._next_beat: asyncio.TimerHandle | None = None
         """When running calls are looked at next; None while none runs."""
+        self._spent_moved = False
+        """Whether what was spent is about to be written down."""
         self._writing_spent: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to take commands."""
         self.thread.start()
-        self.loop.call_soon_threadsafe(self._begin)
 
     def submit(self, ask: Ask) -> Call | None:
         """Take a request in. It is answered through ``ask``, now or later; this never raises.
@@ -242,6 +243,7 @@ class Dispatcher:
             namespace = self._namespaces.get(wanted)
             if namespace is None and own is not None:
                 namespace = self._namespaces[wanted] = self._open_namespace(wanted, None)
+                namespace.ledger.moved = self._note_spent
         if namespace is None:
             raise self._not_here(wanted)
         return namespace
@@ -356,6 +358,14 @@ class Dispatcher:
                 self.loop.call_soon_threadsafe(self._came_round)
             return 0.0
 
+    def _note_spent(self) -> None:
+        """Have what a dedicated kernel's session has spent written down soon; a pooled one's reply tells it."""
+        if self._spent_moved or self._closed or self.identity.session_id is None:
+            return
+        self._spent_moved = True
+        # No clock ticks for that: an idle kernel wakes for nothing.
+        self.loop.call_soon_threadsafe(self.loop.call_later, WRITE_SPENT_AFTER, self._begin_to_write_spent)
+
     @contextmanager
     def in_notebook(self) -> Iterator[None]:
         """A cell runs, or another message of a notebook is handled: that is activity, like a command."""
@@ -392,10 +402,6 @@ class Dispatcher:
 
     # Below: on the command loop.
 
-    def _begin(self) -> None:
-        if self.identity.session_id is not None:  # a pooled kernel tells its service
-            self._writing_spent = self.loop.create_task(self._write_spent())
-
     def _begin_to_close(self, namespace: Namespace, by: Call | None) -> asyncio.Task[None]:
         """Stop what runs in a namespace that no new call reaches, the call ``by`` apart; close it in a task."""
         reason = errors.CommandCancelled(f"session {namespace.session_id!r} was closed during the call")
@@ -418,15 +424,15 @@ class Dispatcher:
         with self._lock:
             self._probed_at = None
 
+    def _begin_to_write_spent(self) -> None:
+        self._spent_moved = False
+        self._writing_spent = self.loop.create_task(self._write_spent())
+
     async def _write_spent(self) -> None:
-        while True:
-            await asyncio.sleep(WRITE_SPENT_INTERVAL)
-            for namespace in list(self._namespaces.values()):
-                await namespace.write_spent()
+        for namespace in list(self._namespaces.values()):
+            await namespace.write_spent()
 
     async def _close(self, reason: errors.DSPexError) -> None:
-        if self._writing_spent is not None:
-            self._writing_spent.cancel()
         if self._next_beat is not None:
             self._next_beat.cancel()
         for call in list(self._running.values()):
@@ -517,6 +523,7 @@ class Dispatcher:
                 call.namespace.running -= 1
             if not command.internal:
                 self._touch(call.namespace)
+            self._note_spent()
             ask.ended()
 
     def _fail(self, ask: Ask, request: Request, call: Call, failure: BaseException) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from dspex_kernels import errors
@@ -66,6 +67,8 @@ class Ledger:
         self._usd = 0.0
         self._reserved = Spent()
         self.cache_hits = 0
+        self.moved: Callable[[], None] = _nobody
+        """Called when more was spent, from any thread. Set by who writes it down."""
 
     def carry_over(self, spent: Spent) -> None:
         """Take over what was spent before this kernel was there: it counts, and counts against the budget."""
@@ -92,7 +95,7 @@ class Ledger:
                 )
             usd = estimate.usd or 0.0
             self._refuse_over("usd", self.budget.usd, self._usd + held.usd, usd)
-            self._reserved = Spent(
+            self._reserved = Spent.model_construct(
                 lm_calls=held.lm_calls + 1, tokens=held.tokens + estimate.tokens, usd=held.usd + usd
             )
             return estimate
@@ -138,11 +141,13 @@ class Ledger:
                     usd = estimate.usd or 0.0
             totals.usd += usd
             self._usd += usd
+        self.moved()
 
     def record_cache_hit(self) -> None:
         """Count an answer that came from the cache: no request was sent."""
         with self._lock:
             self.cache_hits += 1
+        self.moved()
 
     def reserved(self) -> Spent:
         """What requests that are on their way may use."""
@@ -186,11 +191,12 @@ class Ledger:
         return self._models.setdefault(model, _ModelTotals())
 
     def _spent(self) -> Spent:
-        return Spent(
+        return Spent.model_construct(
             lm_calls=self._lm_calls,
             tokens=self._tokens,
             usd=self._usd,
-            models={model: ModelSpent(**asdict(totals)) for model, totals in self._models.items()},
+            # Not checked again: this is made for each reply.
+            models={model: ModelSpent.model_construct(**_fields(t)) for model, t in self._models.items()},
             cache_hits=self.cache_hits,
         )
 
@@ -199,7 +205,7 @@ class Ledger:
         left = held.lm_calls - 1
         # The last one takes all: sums of floats do not come back to zero.
         usd = max(0.0, held.usd - (estimate.usd or 0.0)) if left else 0.0
-        self._reserved = Spent(lm_calls=left, tokens=held.tokens - estimate.tokens, usd=usd)
+        self._reserved = Spent.model_construct(lm_calls=left, tokens=held.tokens - estimate.tokens, usd=usd)
 
     def _refuse_over(self, what: str, limit: float | None, used: float, more: float) -> None:
         # A limit that is reached exactly is spent: a budget of 0 forbids every request.
@@ -210,6 +216,14 @@ class Ledger:
             f"request needs about {more:g}; raise the budget with configure",
             details={"limit": what, "budget": limit, "used": used, "needed": more},
         )
+
+
+def _fields(totals: _ModelTotals) -> dict[str, Any]:
+    return {name: getattr(totals, name) for name in _ModelTotals.__slots__}
+
+
+def _nobody() -> None:
+    """Stands where nobody writes down what is spent."""
 
 
 def _count(usage: dict[str, Any], key: str) -> int:

@@ -210,13 +210,15 @@ class KernelConnection:
         seconds = timeout if timeout is not None else row.timeout_s or DEFAULT_TIMEOUT_S
         content: dict[str, Any] = {
             "protocol_version": PROTOCOL_VERSION,
-            "session_id": session_id,
-            "request_id": request_id,
             "command": command,
             "args": dict(args or {}),
             "timeout_s": seconds,
             "stream": stream,
         }
+        if session_id is not None:
+            content["session_id"] = session_id
+        if request_id is not None:
+            content["request_id"] = request_id
         if (traceparent := tracing.traceparent()) is not None:
             content["traceparent"] = traceparent
         messages.parse_request(content)  # what the kernel would refuse need not travel
