@@ -371,7 +371,11 @@ class KernelConnection:
             socket.curve_secretkey = _bytes(secret)
             socket.curve_publickey = _bytes(public)
             socket.curve_serverkey = _bytes(public)
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError:
+            socket.close(linger=0)
+            raise
         if kind == zmq.SUB:
             # Not everything: by that the kernel tells notebooks, which keep it from being culled, from its service.
             socket.subscribe(b"kernel.")
@@ -410,14 +414,19 @@ class KernelConnection:
         address = _road_address(self._info, about.get("endpoint"))
         if address is None or address == self._road:
             return
-        channel = self._connected("road", address)
-        if await self._answers(channel, about) and address != self._road and self._failure is None:
-            former, self._road = self._channels.get("road"), address
-            self._channels["road"] = channel
-        else:
-            former = channel
-        if former is not None:
-            former.close(linger=0)
+        try:
+            channel = self._connected("road", address)
+        except zmq.ZMQError as failure:
+            _log.debug("kernel %s: its own channel %r is no address: %s", self.name, address, failure)
+            return
+        unused: LoopSocket | None = channel
+        try:
+            if await self._answers(channel, about) and address != self._road and self._failure is None:
+                unused, self._road = self._channels.get("road"), address
+                self._channels["road"] = channel
+        finally:
+            if unused is not None:
+                unused.close(linger=0)
 
     async def _answers(self, channel: LoopSocket, about: Mapping[str, Any]) -> bool:
         ping = messages.Request(command="ping").model_dump(exclude_none=True)
