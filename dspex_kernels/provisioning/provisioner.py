@@ -138,6 +138,7 @@ class GuardedProvisioner(LocalProvisioner):
         """Called from ``KernelManager.cleanup_resources()``, when the kernel's files are removed."""
         await super().cleanup(restart=restart)
         if not restart:
+            self._remove_road()
             if self._guarded is not None:
                 self._guarded.forget()
             await self._leave_guardian()
@@ -167,6 +168,11 @@ class GuardedProvisioner(LocalProvisioner):
             raise
         launching.add_done_callback(_end_unwanted)
         raise errors.KernelStartFailed(f"the guardian ran no kernel within {LAUNCH_TIMEOUT:g} s; try again")
+
+    def _remove_road(self) -> None:
+        """Remove the sixth of a kernel's sockets: Jupyter removes five."""
+        for path in self._road().values():
+            Path(path).unlink(missing_ok=True)
 
     def _paths(self) -> list[str]:
         """What Jupyter removes when a kernel is shut down: the connection file, and ipc sockets."""
