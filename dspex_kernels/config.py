@@ -39,8 +39,21 @@ ENV_PROVIDER_LIMITS = "DSPEX_PROVIDER_LIMITS"
 """The ProviderLimits as JSON."""
 ENV_LIMITS_DIR = "DSPEX_LIMITS_DIR"
 """Where the kernels of a service share what they count for the provider limits (0700)."""
+ENV_ROAD = "DSPEX_ROAD"
+"""The socket of the kernel's own channel over ipc (``road_path``); who names it removes it, as the others."""
+
 ENV_FORK = "DSPEX_FORK"
 """``0``: kernels are started anew instead of being forked, in any application that starts them."""
+
+
+def road_path(ip: str) -> str:
+    """Where a kernel's own channel has its socket over ipc: beside the others, which are ``IP-PORT``.
+
+    Args:
+        ip: Of its connection file.
+    """
+    return f"{ip}-dspex"
+
 
 HOST_SECRETS = (
     "JUPYTER*_TOKEN",

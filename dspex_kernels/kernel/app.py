@@ -38,6 +38,7 @@ from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.lms.endpoints import Endpoints
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook import display, magics
+from dspex_kernels.kernel.road import Road
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
 from dspex_kernels.protocol.commands import OpenSessionArgs
@@ -65,6 +66,7 @@ class DSPexKernelApp(IPKernelApp):
     ).tag(config=True)
 
     kernel_class = DSPexKernel
+    road: Road | None = None
 
     lean = False
     """Whether it does without what only notebooks expect: ``DSPEX_LEAN``, read when the application starts."""
@@ -187,6 +189,17 @@ class DSPexKernelApp(IPKernelApp):
             self.capture_fd_output = False
         super().init_io()
 
+    def init_sockets(self) -> None:
+        """Called first: bind Jupyter's channels, and our own beside them."""
+        super().init_sockets()
+        self.road = Road.bind(self)
+
+    def close(self) -> None:
+        """Called at the process's end: the context waits for sockets that are not closed."""
+        if self.road is not None:
+            self.road.close()
+        super().close()
+
     def init_kernel(self) -> None:
         """Called once the sockets are bound: build the dispatcher, and make the kernel that is built its own."""
         self.threads = Threads()
@@ -224,6 +237,7 @@ class DSPexKernelApp(IPKernelApp):
         self.shell_channel_thread.start()
         self.kernel.attach(
             self.dispatcher,
+            self.road,
             session=self.session,
             control_stream=control_stream,
             debugpy_stream=debugpy_stream,

@@ -34,8 +34,8 @@ MAX_HOPS = 64
 CLOSING_TIME = 2.0
 """Seconds in which stopped commands must have ended when their session or the kernel is closed."""
 
-WRITE_SPENT_INTERVAL = 0.5
-"""Seconds from what is spent outside finished commands (by cells, by commands that still run) to its writing."""
+WRITE_SPENT_AFTER = 0.2
+"""Seconds after which it is written down that something was spent: an answer does not wait for that."""
 
 
 @dataclass(frozen=True)
@@ -425,7 +425,7 @@ class Dispatcher:
     def _write_spent_later(self) -> None:
         # No clock ticks for that: an idle kernel wakes for nothing.
         if self._next_writing is None:
-            self._next_writing = self.loop.call_later(WRITE_SPENT_INTERVAL, self._begin_to_write_spent)
+            self._next_writing = self.loop.call_later(WRITE_SPENT_AFTER, self._begin_to_write_spent)
 
     def _begin_to_write_spent(self) -> None:
         self._writing_spent = self.loop.create_task(self._write_spent())
@@ -485,7 +485,10 @@ class Dispatcher:
             self._running[key] = call
             namespace.running += 1
             # Under the lock: what is admitted before close() is launched before it looks at what runs.
-            self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
+            if threading.get_ident() == self.thread.ident:
+                self._launch(ask, request, command, args, call)
+            else:
+                self.loop.call_soon_threadsafe(self._launch, ask, request, command, args, call)
         return call
 
     def _launch(self, ask: Ask, request: Request, command: Command, args: Any, call: Call) -> None:

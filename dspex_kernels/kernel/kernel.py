@@ -24,9 +24,11 @@ from dspex_kernels import __version__, errors
 from dspex_kernels.kernel.dispatch import Ask, Dispatcher
 from dspex_kernels.kernel.notebook.asker import NotebookAsker
 from dspex_kernels.kernel.notebook.zmqshell import ZMQInteractiveShell
+from dspex_kernels.kernel.road import Reply, Road
 from dspex_kernels.kernel.status import StatusBoard
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION
 from dspex_kernels.protocol.commands import COMMANDS
+from dspex_kernels.protocol.envelopes import Opened
 from dspex_kernels.protocol.messages import EVENT, REPLY, REQUEST
 
 NEEDS_CODE = (
@@ -56,6 +58,7 @@ class DSPexKernel(IPythonKernel):
         # Before super: it publishes states while it starts.
         self._status = StatusBoard(self._send_status)
         self._cell: Callable[[FrameType | None], None] | None = None
+        self._road: Road | None = None
         super().__init__(**kwargs)
         self.debugger = None  # stock has built one that reaches no debugger: see ``attach``
         assert self.shell is not None
@@ -63,11 +66,12 @@ class DSPexKernel(IPythonKernel):
         for name in RUN_USER_CODE:
             self.shell_handlers[name] = self._interruptible(self.shell_handlers[name])
 
-    def attach(self, dispatcher: Dispatcher, **parts: Any) -> None:
+    def attach(self, dispatcher: Dispatcher, road: Road | None, **parts: Any) -> None:
         """Make it the kernel of a session: until now it was built for any.
 
         Args:
             dispatcher: Takes its commands.
+            road: Our own channel; None where there is none.
             parts: Session, sockets, streams and threads, by the names of ipykernel's traits. Without a
                 ``debugpy_stream`` it has no debugger, and without a ``shell_channel_thread`` no subshells.
         """
@@ -76,6 +80,7 @@ class DSPexKernel(IPythonKernel):
         for name, part in parts.items():
             setattr(self, name, part)
         self.dispatcher = dispatcher
+        self._road = road
         self.asker = NotebookAsker(dispatcher)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         assert self.shell is not None
@@ -127,6 +132,8 @@ class DSPexKernel(IPythonKernel):
             "allow_code": identity.allow_code,
             "version": __version__,
         }
+        if self._road is not None:
+            info[FEATURE]["endpoint"] = self._road.endpoint
         return info
 
     # Commands
@@ -168,7 +175,17 @@ class DSPexKernel(IPythonKernel):
             # A stream is its own thread's: sending from another corrupts it.
             stream.io_loop.add_callback(self.session.send, stream, REPLY, answer, parent, ident=ident)
 
-        quiet = isinstance(content, dict) and _is_control(content.get("command"))
+        self._take(ident, parent, content, reply, quiet=_is_control(content))
+
+    def _take_from_road(self, request: Opened, content: Any, reply: Reply) -> None:
+        # States are told where somebody looks: notebooks, their server's culler, a caller who awaits events.
+        streams = isinstance(content, dict) and content.get("stream") is True
+        watched = streams or self.dispatcher.clients() != 0
+        parent = {"header": request.header}
+        quiet = not watched or _is_control(content)
+        self._take(request.identities, parent, content, reply, quiet=quiet)
+
+    def _take(self, ident: Any, parent: dict[str, Any], content: Any, reply: Reply, *, quiet: bool) -> None:
         self.dispatcher.submit(
             Ask(
                 content,
@@ -364,6 +381,8 @@ class DSPexKernel(IPythonKernel):
     def start(self) -> None:
         """Called by the application once all sockets are there."""
         self.dispatcher.start()
+        if self._road is not None:
+            self._road.serve(self.dispatcher, self._take_from_road)
         if self.debugpy_stream is not None:
             super().start()
         else:  # stock warns that it cannot debug, in each kernel's log
@@ -373,13 +392,16 @@ class DSPexKernel(IPythonKernel):
         """Called on ``shutdown_request``, in the control thread: answer what runs, close what is open."""
         reason = errors.KernelDied("the kernel is restarting" if restart else "the kernel is shutting down")
         await asyncio.to_thread(self.dispatcher.close, reason)
+        if self._road is not None:
+            self._road.close()  # nobody reads it any more: who asks now is answered on shell
         if not restart and self.parent is not None:
             self.parent.forget_session()
         reply: dict[str, Any] = super().do_shutdown(restart)
         return reply
 
 
-def _is_control(command: Any) -> bool:
+def _is_control(content: Any) -> bool:
+    command = content.get("command") if isinstance(content, dict) else None
     row = COMMANDS.get(command) if isinstance(command, str) else None
     return row is not None and row.control
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dspex_kernels import errors
@@ -67,8 +67,8 @@ class Ledger:
         self._usd = 0.0
         self._reserved = Spent()
         self.cache_hits = 0
-        self.moved: Callable[[], None] = lambda: None
-        """Called after what was spent has changed, from any thread, under no lock."""
+        self.moved: Callable[[], None] = _nobody
+        """Called when more was spent, from any thread. Set by who writes it down."""
 
     def carry_over(self, spent: Spent) -> None:
         """Take over what was spent before this kernel was there: it counts, and counts against the budget."""
@@ -95,7 +95,7 @@ class Ledger:
                 )
             usd = estimate.usd or 0.0
             self._refuse_over("usd", self.budget.usd, self._usd + held.usd, usd)
-            self._reserved = Spent(
+            self._reserved = Spent.model_construct(
                 lm_calls=held.lm_calls + 1, tokens=held.tokens + estimate.tokens, usd=held.usd + usd
             )
             return estimate
@@ -191,11 +191,12 @@ class Ledger:
         return self._models.setdefault(model, _ModelTotals())
 
     def _spent(self) -> Spent:
-        return Spent(
+        return Spent.model_construct(
             lm_calls=self._lm_calls,
             tokens=self._tokens,
             usd=self._usd,
-            models={model: ModelSpent(**asdict(totals)) for model, totals in self._models.items()},
+            # Not checked again: this is made for each reply.
+            models={model: ModelSpent.model_construct(**_fields(t)) for model, t in self._models.items()},
             cache_hits=self.cache_hits,
         )
 
@@ -204,7 +205,7 @@ class Ledger:
         left = held.lm_calls - 1
         # The last one takes all: sums of floats do not come back to zero.
         usd = max(0.0, held.usd - (estimate.usd or 0.0)) if left else 0.0
-        self._reserved = Spent(lm_calls=left, tokens=held.tokens - estimate.tokens, usd=usd)
+        self._reserved = Spent.model_construct(lm_calls=left, tokens=held.tokens - estimate.tokens, usd=usd)
 
     def _refuse_over(self, what: str, limit: float | None, used: float, more: float) -> None:
         # A limit that is reached exactly is spent: a budget of 0 forbids every request.
@@ -215,6 +216,14 @@ class Ledger:
             f"request needs about {more:g}; raise the budget with configure",
             details={"limit": what, "budget": limit, "used": used, "needed": more},
         )
+
+
+def _fields(totals: _ModelTotals) -> dict[str, Any]:
+    return {name: getattr(totals, name) for name in _ModelTotals.__slots__}
+
+
+def _nobody() -> None:
+    """Stands where nobody writes down what is spent."""
 
 
 def _count(usage: dict[str, Any], key: str) -> int:

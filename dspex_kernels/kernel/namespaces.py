@@ -265,7 +265,7 @@ class Namespace:
         return spent
 
     async def write_spent(self) -> bool:
-        """Write the totals that a budget stands on, if they moved. Called after each program that ran, and later.
+        """Write the totals that a budget stands on, if they moved. Called soon after they did.
 
         A disk that refuses is logged: it must not cost an answer that was paid for.
 

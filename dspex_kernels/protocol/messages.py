@@ -155,22 +155,29 @@ def check_size(value: Any, limit: int, *, what: str, max_depth: int = limits.MAX
         TooLarge: Over ``limit`` bytes, or nested deeper than ``max_depth``.
         InvalidMessage: Not JSON at all.
     """
-    depth = _depth(value, max_depth, what)
-    if depth > max_depth:
-        raise errors.TooLarge(
-            f"the {what} nests deeper than {max_depth} levels: flatten it",
-            details={"limit": max_depth, "what": what},
-        )
     try:
-        size = len(orjson.dumps(value))
+        text = orjson.dumps(value)
     except (TypeError, orjson.JSONEncodeError) as failure:
+        _check_depth(value, max_depth, what)
         raise errors.InvalidMessage(f"the {what} is not JSON: {failure}") from failure
+    # Most have not even so many brackets, nor a null, which stands for a number that is not finite too.
+    if text.count(b"{") + text.count(b"[") > max_depth or b"null" in text:
+        _check_depth(value, max_depth, what)
+    size = len(text)
     if size > limit:
         raise errors.TooLarge(
             f"the {what} has {size:,} bytes, the limit is {limit:,}: send less, or a reference to it",
             details={"size": size, "limit": limit, "what": what},
         )
     return size
+
+
+def _check_depth(value: Any, max_depth: int, what: str) -> None:
+    if _depth(value, max_depth, what) > max_depth:
+        raise errors.TooLarge(
+            f"the {what} nests deeper than {max_depth} levels: flatten it",
+            details={"limit": max_depth, "what": what},
+        )
 
 
 def _depth(value: Any, limit: int, what: str) -> int:

@@ -109,6 +109,7 @@ class GuardedProvisioner(LocalProvisioner):
         if kwargs.get("independent") or not _is_supported():
             return await super().launch_kernel(cmd, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in _NOT_OURS}
+        options["env"] = {**(options.get("env") or os.environ), **self._road()}
         if unknown := sorted(set(options) - _OPTIONS):
             raise TypeError(f"a guarded kernel cannot be started with {', '.join(unknown)}")
         if self._guardian is None:
@@ -155,6 +156,7 @@ class GuardedProvisioner(LocalProvisioner):
         """Called from ``KernelManager.cleanup_resources()``, when the kernel's files are removed."""
         await super().cleanup(restart=restart)
         if not restart:
+            self._remove_road()
             if self._guarded is not None:
                 self._guarded.forget()
             await self._leave_guardian()
@@ -191,13 +193,23 @@ class GuardedProvisioner(LocalProvisioner):
         launching.add_done_callback(_end_unwanted)
         raise errors.KernelStartFailed(f"the guardian ran no kernel within {timeout:g} s; try again")
 
+    def _remove_road(self) -> None:
+        """Remove the sixth of a kernel's sockets: Jupyter removes five."""
+        for path in self._road().values():
+            Path(path).unlink(missing_ok=True)
+
     def _paths(self) -> list[str]:
         """What Jupyter removes when a kernel is shut down: the connection file, and ipc sockets."""
         info, manager = self.connection_info, self.parent
         paths = [os.path.realpath(manager.connection_file)] if manager is not None else []
         if info.get("transport") == "ipc":
             paths += [f"{info['ip']}-{info[channel]}" for channel in _IPC_CHANNELS]
-        return paths
+        return [*paths, *self._road().values()]
+
+    def _road(self) -> dict[str, str]:
+        """What tells a kernel of ours that the socket of its own channel will be removed; nothing over tcp."""
+        info = self.connection_info
+        return {config.ENV_ROAD: config.road_path(info["ip"])} if info.get("transport") == "ipc" else {}
 
 
 async def _is_done(future: Future[Any], timeout: float) -> bool:

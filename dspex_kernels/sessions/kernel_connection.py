@@ -1,11 +1,15 @@
 """One kernel's channels: any number of calls at once over one lean connection, each reply to its own caller.
 
-Theory of operation. A connection has a DEALER on the kernel's shell channel, one on its control channel, and, once
-somebody wants events, a SUB on iopub. Each socket is read by one task for as long as the connection is open; a
-reply is matched to its caller by the message id in its parent header. ``jupyter_client``'s own client discards
-replies that are not the ones its caller waits for, and two coroutines on one client hang past their timeouts
-(jupyter_client#429); it also brings a ZMQ context and threads of its own for each kernel. Its ``Session`` signs and
-parses here as everywhere.
+Theory of operation. A connection has a DEALER on the kernel's control channel, one for commands, and, once somebody
+wants events, a SUB on iopub. A reply is matched to its caller by the message id in its parent header.
+``jupyter_client``'s own client discards replies that are not the ones its caller waits for, and two coroutines on
+one client hang past their timeouts (jupyter_client#429); it also brings a ZMQ context and threads of its own for
+each kernel.
+
+Commands travel on shell, which every kernel has, or on the kernel's own channel, the road (``kernel.road``), once
+``identify`` has been told where that is and has been answered there. A road that nobody is at any more (the kernel
+was restarted, its port is another now) takes no message, and shell takes it instead. As long as a call on shell
+waits, those that follow go there too: a kernel takes in one channel's commands in their order, not those of two.
 
 Not done: a heartbeat. Whoever starts a kernel watches its process, and says so here with ``fail_all``.
 """
@@ -15,18 +19,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import zmq
 import zmq.asyncio
-from jupyter_client.session import Session as MessageSession
 
 from dspex_kernels import errors, logs, tracing
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION, messages
 from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_command
+from dspex_kernels.protocol.envelopes import Envelopes, Opened
 from dspex_kernels.sessions.calls import EventListener, ReplyListener
+from dspex_kernels.sockets import LoopSocket
 
 REPLY_GRACE = 2.0
 """Seconds after a call's deadline in which the kernel's own ``timeout`` answer may still arrive."""
@@ -46,6 +51,8 @@ CANCEL_PAUSES = (0.0, 0.05, 0.5, 2.0)
 """Seconds before each try to cancel a call that nobody waits for: control may overtake the call on shell."""
 RECONNECT_MS = 20
 """A kernel that is still starting has not bound its ports; ZMQ's default tries every 100 ms."""
+ROAD_TIMEOUT = 1.0
+"""Seconds for the first answer on a kernel's own channel, which may be out of reach: behind a tunnel."""
 
 _log = logs.get_logger(__name__)
 
@@ -65,8 +72,8 @@ class _Waiting:
     """None for a message of Jupyter's own."""
     reply: asyncio.Future[dict[str, Any]]
     on_event: EventListener | None = None
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    """The kernel has said that it is done with this request: no event follows."""
+    idle: asyncio.Event | None = None
+    """Set when the kernel has said that it is done with this request: no event follows. None where it need not."""
 
 
 class KernelConnection:
@@ -110,17 +117,17 @@ class KernelConnection:
         self._context = context
         self._max_pending = max_pending
         self._grace = grace
-        key = self._info.get("key", b"")
-        self._messages = MessageSession(
-            key=key.encode() if isinstance(key, str) else key,
-            signature_scheme=self._info.get("signature_scheme") or "hmac-sha256",
-            digest_history_size=4096,  # guards against replayed replies; the default of 65,536 is 8 MB a kernel
-        )
-        self._sockets: dict[str, zmq.asyncio.Socket] = {}
-        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._envelopes = Envelopes(self._info.get("key", b""), self._info.get("signature_scheme") or "hmac-sha256")
+        self._channels: dict[str, LoopSocket] = {}
+        self._on_shell = 0
+        """Calls that wait there."""
+        self._road: str | None = None
+        """Where the kernel's own channel is; None where it is not used."""
+        self._looking = False
+        """Whether the kernel is being asked where its own channel is now."""
         self._waiting: dict[str, _Waiting] = {}
         self._abandoned: dict[str, None] = {}
-        self._cancels: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._welcomed = asyncio.Event()
         self._failure: Callable[[Command | None], errors.DSPexError] | None = None
         self._closed = False
@@ -134,27 +141,26 @@ class KernelConnection:
         """Connect the sockets. The kernel need not be there yet: what is sent waits for it."""
         if self._context is None:
             self._context = new_context()
-        for channel in ("shell", "control"):
-            self._connect(channel, zmq.DEALER)
+        self._connect("control")
         return self
 
     async def close(self) -> None:
-        """Answer whoever still waits with ``ServiceClosed``, end the readers, close the sockets."""
-        tasks = [*self._readers.values(), *self._cancels]
+        """Answer whoever still waits with ``ServiceClosed``, close the sockets."""
+        tasks = list(self._tasks)
         self.drop()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def drop(self) -> None:
-        """As ``close``, where nothing can be awaited: the readers end on the loop's next turn."""
+        """As ``close``, where nothing can be awaited."""
         if self._closed:
             return
         self._closed = True
         self.fail_all(lambda _: errors.ServiceClosed(f"the connection to kernel {self.name} was closed"))
-        for task in (*self._readers.values(), *self._cancels):
+        for task in self._tasks:
             task.cancel()
-        for socket in self._sockets.values():
-            socket.close(linger=0)
-        self._sockets.clear()
+        for channel in self._channels.values():
+            channel.close(linger=0)
+        self._channels.clear()
         if self._owns_context and self._context is not None:
             self._context.destroy(linger=0)
 
@@ -204,23 +210,30 @@ class KernelConnection:
         seconds = timeout if timeout is not None else row.timeout_s or DEFAULT_TIMEOUT_S
         content: dict[str, Any] = {
             "protocol_version": PROTOCOL_VERSION,
-            "session_id": session_id,
-            "request_id": request_id,
             "command": command,
             "args": dict(args or {}),
             "timeout_s": seconds,
             "stream": stream,
         }
+        if session_id is not None:
+            content["session_id"] = session_id
+        if request_id is not None:
+            content["request_id"] = request_id
         if (traceparent := tracing.traceparent()) is not None:
             content["traceparent"] = traceparent
         messages.parse_request(content)  # what the kernel would refuse need not travel
         if on_event is not None:
             await self._ensure_events()
-        message = self._messages.msg(messages.REQUEST, content)
-        message_id = message["header"]["msg_id"]
+        message_id, frames = self._envelopes.seal(messages.REQUEST, content)
         try:
             reply = await self._ask(
-                "control" if row.control else "shell", message, seconds + self._grace, row, on_event
+                "control" if row.control else "commands",
+                message_id,
+                frames,
+                seconds + self._grace,
+                row,
+                on_event,
+                stream=stream,
             )
         except (asyncio.CancelledError, TimeoutError) as stop:
             self._abandon(message_id)
@@ -242,11 +255,11 @@ class KernelConnection:
             CommandTimeout: No answer in ``timeout`` seconds.
             KernelDied: The kernel died first.
         """
-        message = self._messages.msg("kernel_info_request", {})
+        message_id, frames = self._envelopes.seal("kernel_info_request", {})
         try:
-            return await self._ask("control", message, timeout, None, None)
+            return await self._ask("control", message_id, frames, timeout, None)
         except TimeoutError:
-            self._abandon(message["header"]["msg_id"])
+            self._abandon(message_id)
             raise errors.CommandTimeout(
                 f"kernel {self.name} did not answer kernel_info within {timeout:g} s: is it running, with "
                 "the ports and the key that were given?",
@@ -256,9 +269,11 @@ class KernelConnection:
     async def identify(self, *, timeout: float = DEFAULT_TIMEOUT_S) -> dict[str, Any]:
         """What a dspex kernel tells about itself; ask it before anything else, other kernels never answer.
 
+        From then on commands travel on the kernel's own channel, where it has one that can be reached.
+
         Returns:
             ``session_id`` (None in a pooled kernel), ``protocol_version``, ``backend``, ``kernel_id``,
-            ``generation``.
+            ``generation``; ``endpoint`` of its own channel, if it has one.
 
         Raises:
             NotADSPexKernel: It does not announce ``dspex``.
@@ -274,6 +289,7 @@ class KernelConnection:
             )
         about = dict(info.get(FEATURE) or {})
         messages.check_version(about.get("protocol_version"))
+        await self._take_road(about)
         return about
 
     def fail_all(self, error_for: Callable[[Command | None], errors.DSPexError]) -> None:
@@ -293,26 +309,33 @@ class KernelConnection:
     async def _ask(
         self,
         channel: str,
-        message: dict[str, Any],
+        message_id: str,
+        frames: list[bytes],
         timeout: float,
         row: Command | None,
-        on_event: EventListener | None,
+        on_event: EventListener | None = None,
+        *,
+        stream: bool = False,
     ) -> dict[str, Any]:
         if self._failure is not None:
             raise self._failure(row)
         self._check_room(row)
-        waiting = _Waiting(row, asyncio.get_running_loop().create_future(), on_event)
-        message_id = message["header"]["msg_id"]
-        self._waiting[message_id] = waiting
+        waiting = self._waiting[message_id] = _Waiting(row, asyncio.get_running_loop().create_future(), on_event)
+        on_shell = channel == "commands" and not self._went_by_road(frames)
+        self._on_shell += on_shell
         try:
+            if on_event is not None and (stream or on_shell):
+                waiting.idle = asyncio.Event()
             async with asyncio.timeout(timeout):
-                await self._sockets[channel].send_multipart(self._messages.serialize(message))
+                if on_shell or channel != "commands":
+                    self._channel("shell" if on_shell else channel).send(frames)
                 reply = await waiting.reply
-            if on_event is not None:
+            if waiting.idle is not None:
                 with contextlib.suppress(TimeoutError):  # events may be lost, and a status too
                     await asyncio.wait_for(waiting.idle.wait(), DRAIN_TIMEOUT)
             return reply
         finally:
+            self._on_shell -= on_shell
             del self._waiting[message_id]
             if waiting.reply.done() and not waiting.reply.cancelled():
                 waiting.reply.exception()  # marks an error as seen that came as the caller left
@@ -327,62 +350,121 @@ class KernelConnection:
                 retry_after=1.0,
             )
 
-    def _connect(self, channel: str, kind: int) -> None:
+    def _channel(self, name: str) -> LoopSocket:
+        return self._channels.get(name) or self._connect(name)
+
+    def _connect(self, name: str) -> LoopSocket:
+        channel = self._channels[name] = self._connected(name, _address(self._info, name))
+        return channel
+
+    def _connected(self, name: str, address: str) -> LoopSocket:
         assert self._context is not None
-        socket = self._context.socket(kind)
-        socket.linger = 0
+        kind = zmq.SUB if name == "iopub" else zmq.DEALER
+        socket: zmq.Socket[bytes] = self._context.socket(kind, socket_class=zmq.Socket)  # type: ignore[assignment,arg-type]  # not its own class
+        socket.sndhwm = 0  # no more wait than ``max_pending`` allows
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        # What nobody takes on the road takes shell; there it waits for a kernel that is not there yet.
+        socket.immediate = name == "road"
         public, secret = self._info.get("curve_publickey"), self._info.get("curve_secretkey")
         if public and secret:
             # A kernel knows one key pair only: clients use the kernel's own (jupyter_client 8.9, CurveZMQ).
             socket.curve_secretkey = _bytes(secret)
             socket.curve_publickey = _bytes(public)
             socket.curve_serverkey = _bytes(public)
-        socket.connect(_address(self._info, channel))
+        try:
+            socket.connect(address)
+        except zmq.ZMQError:
+            socket.close(linger=0)
+            raise
         if kind == zmq.SUB:
             # Not everything: by that the kernel tells notebooks, which keep it from being culled, from its service.
             socket.subscribe(b"kernel.")
-        self._sockets[channel] = socket
-        reader = asyncio.create_task(self._read(channel, socket), name=f"dspex {channel} {self.name}")
-        reader.add_done_callback(functools.partial(self._reader_ended, channel))
-        self._readers[channel] = reader
+        return LoopSocket(socket, functools.partial(self._take, name))
 
     async def _ensure_events(self) -> None:
-        if "iopub" not in self._sockets and self._failure is None:
-            self._connect("iopub", zmq.SUB)
+        if self._failure is None:
+            self._channel("iopub")
         with contextlib.suppress(TimeoutError):  # no welcome: early events may be lost, which they may
             await asyncio.wait_for(self._welcomed.wait(), WELCOME_TIMEOUT)
         self._welcomed.set()
 
-    async def _read(self, channel: str, socket: zmq.asyncio.Socket) -> None:
-        take = self._take_iopub if channel == "iopub" else self._take_reply
-        while True:
-            frames = await socket.recv_multipart()
-            try:
-                _, parts = self._messages.feed_identities(frames)
-                message = self._messages.deserialize(parts)
-                take(message)
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError) as failure:
-                self.strays += 1
-                _log.warning("kernel %s: a message on %s cannot be read: %s", self.name, channel, failure)
+    # The road
 
-    def _reader_ended(self, channel: str, reader: asyncio.Task[None]) -> None:
-        if reader.cancelled():
+    def _went_by_road(self, frames: list[bytes]) -> bool:
+        """Send a command on the kernel's own channel; False where shell is to take it."""
+        if self._road is None or self._on_shell:
+            return False
+        if self._channels["road"].send(frames):
+            return True
+        if not self._looking:  # most likely the kernel was restarted
+            self._spawn(self._look_for_road())
+        return False
+
+    async def _look_for_road(self) -> None:
+        self._looking = True
+        try:
+            await self.identify()
+        except errors.DSPexError as failure:
+            _log.debug("kernel %s: its own channel is gone: %s", self.name, failure)
+        finally:
+            self._looking = False
+
+    async def _take_road(self, about: Mapping[str, Any]) -> None:
+        """Use the kernel's own channel from now on, if it answers there: another may listen, or nobody."""
+        address = _road_address(self._info, about.get("endpoint"))
+        if address is None or address == self._road:
             return
-        _log.error("kernel %s: the reader of %s broke", self.name, channel, exc_info=reader.exception())
-        self.fail_all(
-            lambda row: errors.KernelDied(
-                f"the connection to kernel {self.name} broke", retryable=row is not None and row.repeatable
-            )
-        )
+        try:
+            channel = self._connected("road", address)
+        except zmq.ZMQError as failure:
+            _log.debug("kernel %s: its own channel %r is no address: %s", self.name, address, failure)
+            return
+        unused: LoopSocket | None = channel
+        try:
+            if await self._answers(channel, about) and address != self._road and self._failure is None:
+                unused, self._road = self._channels.get("road"), address
+                self._channels["road"] = channel
+        finally:
+            if unused is not None:
+                unused.close(linger=0)
 
-    def _take_reply(self, message: dict[str, Any]) -> None:
-        parent_id = message["parent_header"].get("msg_id", "")
+    async def _answers(self, channel: LoopSocket, about: Mapping[str, Any]) -> bool:
+        ping = messages.Request(command="ping").model_dump(exclude_none=True)
+        message_id, frames = self._envelopes.seal(messages.REQUEST, ping)
+        waiting = self._waiting[message_id] = _Waiting(None, asyncio.get_running_loop().create_future())
+        try:
+            async with asyncio.timeout(ROAD_TIMEOUT):
+                await channel.until_writable()
+                channel.send(frames)
+                answer = _result(await waiting.reply)
+        except (TimeoutError, errors.DSPexError) as failure:
+            _log.debug("kernel %s: it does not answer on its own channel: %s", self.name, failure)
+            return False
+        finally:
+            del self._waiting[message_id]
+        return answer.get("kernel_id") == about.get("kernel_id")
+
+    # What comes in
+
+    def _take(self, channel: str, frames: list[bytes]) -> None:
+        try:
+            message = self._envelopes.open(frames)
+            content = message.content()
+            if channel == "iopub":
+                self._take_iopub(message, content)
+            else:
+                self._take_reply(message, content)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as failure:
+            self.strays += 1
+            _log.warning("kernel %s: a message on %s cannot be read: %s", self.name, channel, failure)
+
+    def _take_reply(self, message: Opened, content: Any) -> None:
+        parent_id = message.parent_header.get("msg_id", "")
         waiting = self._waiting.get(parent_id)
-        failure = self._tell_reply(message)
+        failure = self._tell_reply(message, content)
         if waiting is not None and not waiting.reply.done():
             if failure is None:
-                waiting.reply.set_result(message["content"])
+                waiting.reply.set_result(content)
             else:
                 waiting.reply.set_exception(failure)
         elif parent_id in self._abandoned:
@@ -392,14 +474,14 @@ class KernelConnection:
                 self._on_late()
         else:
             self.strays += 1
-            _log.warning("kernel %s: a %s answers nobody here: dropped", self.name, message["msg_type"])
+            _log.warning("kernel %s: a %s answers nobody here: dropped", self.name, message.msg_type)
 
-    def _tell_reply(self, message: dict[str, Any]) -> errors.DSPexError | None:
+    def _tell_reply(self, message: Opened, content: Any) -> errors.DSPexError | None:
         """Pass a reply on to ``on_reply``. The error for its caller where that fails: nothing is acknowledged."""
-        if self._on_reply is None or message["msg_type"] != messages.REPLY:
+        if self._on_reply is None or message.msg_type != messages.REPLY:
             return None
         try:
-            self._on_reply(message["content"])
+            self._on_reply(content)
         except Exception as failure:  # noqa: BLE001  # the owner's code may raise anything, and the reader serves others
             _log.exception("kernel %s: a reply could not be taken in", self.name)
             why = type(failure).__name__  # its text may hold what the reply does
@@ -408,17 +490,17 @@ class KernelConnection:
             )
         return None
 
-    def _take_iopub(self, message: dict[str, Any]) -> None:
-        if message["msg_type"] == "iopub_welcome":
+    def _take_iopub(self, message: Opened, content: Any) -> None:
+        if message.msg_type == "iopub_welcome":
             self._welcomed.set()
             return
-        waiting = self._waiting.get(message["parent_header"].get("msg_id", ""))
+        waiting = self._waiting.get(message.parent_header.get("msg_id", ""))
         if waiting is None:
             return
-        content = message["content"]
-        if message["msg_type"] == "status" and content.get("execution_state") == "idle":
-            waiting.idle.set()
-        elif message["msg_type"] == messages.EVENT and waiting.on_event is not None:
+        if message.msg_type == "status" and content.get("execution_state") == "idle":
+            if waiting.idle is not None:
+                waiting.idle.set()
+        elif message.msg_type == messages.EVENT and waiting.on_event is not None:
             self._tell(waiting, content)
 
     def _tell(self, waiting: _Waiting, event: dict[str, Any]) -> None:
@@ -436,9 +518,12 @@ class KernelConnection:
 
     def _start_cancel(self, session_id: str | None, request_id: str, message_id: str) -> None:
         if self._failure is None:
-            task = asyncio.create_task(self._cancel(session_id, request_id, message_id))
-            self._cancels.add(task)
-            task.add_done_callback(self._cancels.discard)
+            self._spawn(self._cancel(session_id, request_id, message_id))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _cancel(self, session_id: str | None, request_id: str, message_id: str) -> None:
         """Tell the kernel that nobody waits for a call any more, until it has stopped it or answered it."""
@@ -448,13 +533,13 @@ class KernelConnection:
             await asyncio.sleep(pause)
             if message_id not in self._abandoned:
                 return
-            message = self._messages.msg(messages.REQUEST, request.model_dump())
+            cancel_id, frames = self._envelopes.seal(messages.REQUEST, request.model_dump())
             try:
-                reply = await self._ask("control", message, row.timeout_s or DEFAULT_TIMEOUT_S, row, None)
+                reply = await self._ask("control", cancel_id, frames, row.timeout_s or DEFAULT_TIMEOUT_S, row)
                 if _result(reply).get("cancelled"):
                     return
             except (errors.DSPexError, TimeoutError) as failure:
-                self._abandon(message["header"]["msg_id"])
+                self._abandon(cancel_id)
                 if self._failure is None:  # else the call has ended with its kernel
                     _log.warning("kernel %s: call %s could not be cancelled: %s", self.name, request_id, failure)
                 return
@@ -476,6 +561,15 @@ def _result(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bytes(value: str | bytes) -> bytes:
     return value.encode() if isinstance(value, str) else value
+
+
+def _road_address(info: Mapping[str, Any], endpoint: Any) -> str | None:
+    """Where the endpoint that a kernel told of is for who has this connection file; None where it told of none."""
+    transport, separator, place = str(endpoint or "").partition("://")
+    if not separator or transport != info.get("transport", "tcp"):
+        return None
+    # Over tcp a kernel may name all its addresses at once: the connection file says by which it is reached.
+    return f"tcp://{info['ip']}:{place.rpartition(':')[2]}" if transport == "tcp" else str(endpoint)
 
 
 def _address(info: Mapping[str, Any], channel: str) -> str:

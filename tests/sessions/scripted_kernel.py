@@ -44,6 +44,7 @@ class ScriptedKernel:
         curve: Whether it encrypts.
         transport: ``tcp`` or ``ipc``.
         ip: For ipc, the sockets' path without the port.
+        road: Whether it has a channel of its own, which it tells of.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class ScriptedKernel:
         curve: bool = False,
         transport: str = "tcp",
         ip: str = "127.0.0.1",
+        road: bool = False,
     ) -> None:
         self._answer = answer
         self._features = features
-        self._about = about or ABOUT
+        self.about = about or ABOUT
+        self._has_road = road
         self._curve = zmq.curve_keypair() if curve else None
         self._transport, self._ip = transport, ip
         self.session = MessageSession(key=b"a key of the test's own")
@@ -89,7 +92,19 @@ class ScriptedKernel:
             self.connection_info[f"{channel}_port"] = self._bind(channel, kind, number + 1)
             if channel in ("shell", "control", "iopub"):
                 self._spawn(self._serve(channel))
+        if self._has_road:
+            self.open_road()
         return self
+
+    def open_road(self, channel: str = "dspex") -> None:
+        """Open a channel of its own and tell of it from now on."""
+        place = self._bind(channel, zmq.ROUTER, 6)
+        address = f"ipc://{self._ip}-{place}" if self._transport == "ipc" else f"tcp://0.0.0.0:{place}"
+        self.about = {**self.about, "endpoint": address}
+        self._spawn(self._serve(channel))
+
+    def close_road(self, channel: str = "dspex") -> None:
+        self._sockets.pop(channel).close(linger=0)
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
@@ -109,7 +124,7 @@ class ScriptedKernel:
         return socket.bind_to_random_port(f"tcp://{self._ip}")
 
     async def _serve(self, channel: str) -> None:
-        while True:
+        while channel in self._sockets:
             frames = await self._sockets[channel].recv_multipart()
             if channel == "iopub":
                 await self.publish("iopub_welcome", {"subscription": ""}, {})
@@ -122,8 +137,12 @@ class ScriptedKernel:
 
     async def _handle(self, channel: str, idents: list[bytes], message: dict[str, Any]) -> None:
         if message["msg_type"] == "kernel_info_request":
-            content: dict[str, Any] | None = {"supported_features": list(self._features), "dspex": self._about}
+            content: dict[str, Any] | None = {"supported_features": list(self._features), "dspex": self.about}
             await self.reply(channel, idents, message, "kernel_info_reply", content)
+            return
+        if channel.startswith("dspex") and message["content"]["command"] == "ping":
+            self.requests.remove(message)  # the connection's own, by which it makes sure
+            await self.reply(channel, idents, message, "dspex_reply", ok({"kernel_id": "scripted"}))
             return
         content = await self._answer(self, {**message, "idents": idents})
         if content is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from dspex_kernels import errors
 from dspex_kernels.sessions.kernel_connection import KernelConnection
-from tests.sessions.scripted_kernel import ScriptedKernel, failed, ok
+from tests.sessions.scripted_kernel import ABOUT, ScriptedKernel, failed, ok
 from tests.waiting import wait_until
 
 
@@ -415,5 +416,127 @@ def test_a_request_over_the_limit_or_malformed_never_travels():
                 await link.request("no_such_command")
             assert kernel.requests == []
             assert link.pending == 0
+
+    run(work())
+
+
+# The kernel's own channel
+
+
+def channels(kernel: ScriptedKernel) -> list[str]:
+    return [m["channel"] for m in kernel.requests if m["msg_type"] == "dspex_request"]
+
+
+@pytest.mark.parametrize(("transport", "curve"), [("tcp", False), ("tcp", True), ("ipc", False), ("ipc", True)])
+def test_commands_take_the_road_that_a_kernel_tells_of(transport, curve, tmp_path_factory):
+    async def work() -> None:
+        ip = "127.0.0.1" if transport == "tcp" else str(tmp_path_factory.mktemp("ipc") / "k")
+        async with (
+            ScriptedKernel(transport=transport, ip=ip, curve=curve, road=True) as kernel,
+            KernelConnection(kernel.connection_info) as link,
+        ):
+            await link.identify(timeout=10)
+            for command in ("list_programs", "get_stats", "list_programs"):
+                assert await link.request(command) == {"args": {}}
+            assert channels(kernel) == ["dspex", "control", "dspex"]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    "endpoint", [None, "", "nonsense", "tcp://127.0.0.1:1", "ipc:///nowhere/at-all", "tcp://127.0.0.1:no-port"]
+)
+def test_where_no_road_can_be_reached_commands_take_shell(endpoint, monkeypatch):
+    monkeypatch.setattr("dspex_kernels.sessions.kernel_connection.ROAD_TIMEOUT", 0.1)
+
+    async def work() -> None:
+        about = {**ABOUT, "endpoint": endpoint}
+        async with ScriptedKernel(about=about) as kernel, KernelConnection(kernel.connection_info) as link:
+            assert (await link.identify(timeout=10))["session_id"] == "s1"
+            await link.request("list_programs")
+            assert channels(kernel) == ["shell"]
+            assert link.strays == 0
+
+    run(work())
+
+
+@pytest.mark.parametrize("why", ["another key", "another kernel"])
+def test_a_road_at_which_another_answers_is_not_taken(why, monkeypatch):
+    monkeypatch.setattr("dspex_kernels.sessions.kernel_connection.ROAD_TIMEOUT", 0.3)
+
+    async def work() -> None:
+        async with ScriptedKernel(road=True) as other, ScriptedKernel() as kernel:
+            if why == "another key":
+                other.session.key = b"another key"
+                kernel.about = other.about
+            else:
+                kernel.about = {**other.about, "kernel_id": "mine"}
+            async with KernelConnection(kernel.connection_info) as link:
+                await link.identify(timeout=10)
+                await link.request("list_programs")
+                assert channels(kernel) == ["shell"]
+                assert other.requests == []
+
+    run(work())
+
+
+def test_a_road_that_is_gone_leaves_the_commands_to_shell_until_the_new_one_is_found():
+    async def work() -> None:
+        async with (
+            ScriptedKernel(road=True) as kernel,
+            KernelConnection(kernel.connection_info, grace=0.05) as link,
+        ):
+            await link.identify(timeout=10)
+            kernel.close_road()
+            kernel.open_road("dspex of the restarted")
+
+            async def asked() -> bool:
+                with contextlib.suppress(errors.CommandTimeout):  # what was on its way when the road ended is lost
+                    await link.request("list_programs", timeout=0.2)
+                return "dspex of the restarted" in channels(kernel)
+
+            while not await asked():
+                assert set(channels(kernel)) <= {"shell", "control"}  # control: a lost call is cancelled
+            assert "shell" in channels(kernel)
+
+    run(work())
+
+
+def test_while_a_call_waits_on_shell_those_that_follow_stay_behind_it():
+    async def work() -> None:
+        release = asyncio.Event()
+
+        async def answer(kernel: ScriptedKernel, message: dict[str, Any]) -> dict[str, Any]:
+            if message["content"]["command"] == "execute_program":
+                await release.wait()
+            return ok()
+
+        async with ScriptedKernel(answer, road=True) as kernel, KernelConnection(kernel.connection_info) as link:
+            first = asyncio.create_task(link.request("execute_program", {"program_id": "p"}))
+            await wait_until(lambda: kernel.requests, what="the request")
+            await link.identify(timeout=10)
+            await link.request("list_programs")
+            release.set()
+            await first
+            await link.request("list_programs")
+            assert channels(kernel) == ["shell", "shell", "dspex"]
+
+    run(work())
+
+
+def test_on_the_road_a_dead_kernel_answers_everyone_and_a_cancel_takes_control():
+    async def work() -> None:
+        async with (
+            ScriptedKernel(silent_but_for_control, road=True) as kernel,
+            KernelConnection(kernel.connection_info) as link,
+        ):
+            await link.identify(timeout=10)
+            calls = [asyncio.create_task(link.request("execute_program", {"program_id": "p"})) for _ in range(3)]
+            await wait_until(lambda: channels(kernel) == ["dspex"] * 3, what="the requests")
+            calls[0].cancel()
+            await wait_until(lambda: channels(kernel)[3:] == ["control"], what="the cancel")
+            link.fail_all(lambda row: errors.KernelDied("gone"))
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(o) for o in outcomes] == [asyncio.CancelledError, errors.KernelDied, errors.KernelDied]
 
     run(work())
