@@ -56,6 +56,8 @@ class DSPexKernel(IPythonKernel):
         # Before super: it publishes states while it starts.
         self._status = StatusBoard(self._send_status)
         self._cell: Callable[[FrameType | None], None] | None = None
+        self.dispatcher: Dispatcher  # from ``attach`` on
+        self.asker = NotebookAsker(self)
         super().__init__(**kwargs)
         self.debugger = None  # stock has built one that reaches no debugger: see ``attach``
         assert self.shell is not None
@@ -76,7 +78,6 @@ class DSPexKernel(IPythonKernel):
         for name, part in parts.items():
             setattr(self, name, part)
         self.dispatcher = dispatcher
-        self.asker = NotebookAsker(dispatcher)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         assert self.shell is not None
         for publisher in (self.shell.displayhook, self.shell.display_pub):

@@ -151,7 +151,9 @@ class Visitor(threading.Thread):
         self.connection_file = str(directory / "k.json")
         self._session = Session(key=b"rehearsal")
         self._ip = str(directory / "k")
-        ports = dict(zip(("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port"), range(1, 6), strict=True))
+        ports = dict(
+            zip(("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port"), range(1, 6), strict=True)
+        )
         write_connection_file(self.connection_file, transport="ipc", ip=self._ip, key=b"rehearsal", **ports)
 
     def run(self) -> None:
