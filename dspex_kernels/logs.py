@@ -111,14 +111,16 @@ def cover(log: logging.Logger | logging.LoggerAdapter[Any]) -> None:
     logger.addFilter(_FILTER)
 
 
-def install(find: Finder | None = None) -> None:
+def install(find: Finder | None = None, *names: str) -> None:
     """Have every handler that is there name calls, whoever logs. Called when a process of ours starts.
 
     Args:
         find: How to find the call in threads that know it otherwise; None is no way.
+        names: Of loggers; none is all: that looks at each of hundreds.
     """
     _FILTER.find = find
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    loggers = [logging.getLogger(name) for name in names]
+    loggers = loggers or [logging.root, *logging.root.manager.loggerDict.values()]
     handlers = [handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers]
     for handler in (*handlers, logging.lastResort):
         if handler is not None:

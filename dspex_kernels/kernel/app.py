@@ -22,9 +22,9 @@ from ipykernel import kernelapp
 from ipykernel.control import ControlThread
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.shellchannel import ShellChannelThread
-from jupyter_client.session import Session
+from jupyter_client.session import Session, new_id, new_id_bytes
 from jupyter_core.paths import jupyter_data_dir
-from traitlets import Float, TraitError
+from traitlets import Float, TraitError, default
 from traitlets.config import Config, catch_config_error
 from zmq.eventloop.zmqstream import ZMQStream
 
@@ -37,7 +37,7 @@ from dspex_kernels.kernel.kernel import DSPexKernel
 from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.lms.endpoints import Endpoints
 from dspex_kernels.kernel.namespaces import Namespace
-from dspex_kernels.kernel.notebook import display, magics
+from dspex_kernels.kernel.notebook import magics
 from dspex_kernels.kernel.road import Road
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
@@ -71,6 +71,9 @@ class DSPexKernelApp(IPKernelApp):
     lean = False
     """Whether it does without what only notebooks expect: ``DSPEX_LEAN``, read when the application starts."""
 
+    _starting = False
+    """Whether ``initialize`` runs."""
+
     _built_with: Config | None = None
     """The configuration of the kernel that is built; None while there is none."""
 
@@ -79,6 +82,7 @@ class DSPexKernelApp(IPKernelApp):
         """Start up, or say in one line why not, and exit."""
         try:
             self.lean = _flag(config.ENV_LEAN, default="0")
+            self._starting = True
             self._take_environment()
             super().initialize(argv)
         except errors.DSPexError as refusal:
@@ -91,7 +95,7 @@ class DSPexKernelApp(IPKernelApp):
                 if stream is not None:
                     stream.flush()
             os._exit(1)
-        logs.install(find=self._named_call)
+        self._starting = False
 
     def build(self) -> None:
         """Build the kernel and its shell, as far as that takes no environment, no directory and no socket.
@@ -99,14 +103,19 @@ class DSPexKernelApp(IPKernelApp):
         Called in a fork server, for whichever kernel will be forked; else with the rest of ``initialize``.
         """
         self.init_pdb()
-        kernel = self.kernel_class.instance(parent=self, log=self.log, user_ns=self.user_ns)
+        self._built_with = deepcopy(self.config)
+        # A copy: the shell writes into it (ipykernel's help for tqdm), and the application would warn of that.
+        own = deepcopy(self.config)
+        kernel = self.kernel_class.instance(
+            parent=self, config=own, log=self.log, session=self.session, user_ns=self.user_ns
+        )
         shell = kernel.shell
         shell.configurables.append(self)
         shell.push({"dspy": dspy}, interactive=False)
         shell.set_custom_exc((errors.CallStopped,), _show_stopped)
-        display.register(shell)
+        magics.load(shell, kernel.asker)
         self.kernel, self.shell = kernel, shell
-        self._built_with = deepcopy(self.config)
+        logs.install(self._named_call)
 
     def _build_anew(self) -> None:
         """Give up the kernel that was built: what its user configured was not known."""
@@ -119,13 +128,19 @@ class DSPexKernelApp(IPKernelApp):
 
     def _take_environment(self) -> None:
         """Undo what was read or opened when the application was made, perhaps in a fork server."""
-        self.session = Session(parent=self, username=os.environ.get("USER", "username"))
-        # It guards against replayed requests; the default of 65,536 grows to 8 MB in each kernel.
-        self.session.digest_history_size = 4096
+        self.session.username = os.environ.get("USER", "username")
+        self.session.session = new_id()
+        self.session.key = new_id_bytes()  # unless the connection file names one
+        self.session.pid = os.getpid()
         self.parent_handle = int(os.environ.get("JPY_PARENT_PID") or 0)
         for handler in self.log.handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
+
+    @default("session")
+    def _default_session(self) -> Session:
+        # It guards against replayed requests; the default of 65,536 grows to 8 MB in each kernel.
+        return Session(parent=self, digest_history_size=4096)
 
     def parse_command_line(self, argv: list[str] | None = None) -> None:
         """Read the arguments. Where there are none, nothing: stock flattens the tree of all classes even so.
@@ -134,6 +149,11 @@ class DSPexKernelApp(IPKernelApp):
         """
         if argv is None or argv:
             super().parse_command_line(argv)
+
+    def init_profile_dir(self) -> None:
+        """Find IPython's profile. A lean kernel has none until something asks for it."""
+        if not (self.lean and self._starting):
+            super().init_profile_dir()
 
     def init_config_files(self) -> None:
         if not self.lean:
@@ -248,20 +268,24 @@ class DSPexKernelApp(IPKernelApp):
             iopub_thread=self.iopub_thread,
             iopub_socket=self.iopub_socket,
             stdin_socket=self.stdin_socket,
-            profile_dir=self.profile_dir,
         )
+        # Those of the template were asked for before; in a notebook's kernel anything may have added its own.
+        logs.install(self._named_call, *(["tornado"] if self.lean else []))
         self.kernel.record_ports({f"{name}_port": port for name, port in self._ports.items()})
         self.displayhook.get_execution_count = lambda: self.kernel.execution_count
 
     def init_shell(self) -> None:
-        """Called after the kernel: settle the shell in this process, and give it the magics."""
-        self.shell.settle(self.profile_dir, history=not self.lean)
+        """Called after the kernel: settle the shell in this process, and give cells their session."""
+        if self.lean:
+            self.shell.settle(history=False)
+        else:
+            self.kernel.profile_dir = self.profile_dir
+            self.shell.settle(self.profile_dir, history=True)
         if self.dispatcher.identity.session_id is None:
             return
         namespace = self.dispatcher.namespace(None)
         main_thread_config[SETTING] = Call(namespace)
         namespace.restore_settings()
-        magics.load(self.shell, self.kernel.asker)
 
     def init_code(self) -> None:
         """Called last: run what the user wants run in each kernel. In a lean one, nothing."""

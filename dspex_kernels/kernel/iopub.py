@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import zmq
 from ipykernel.iostream import IOPubThread
+
+SEND_TIMEOUT_MS = 1000
+"""How long a thread waits for room among the wake-ups of the iopub thread. Stock waits for ever, also for a thread
+that ended between the look and the sending: then the process does not end either."""
 
 
 class CountingIOPubThread(IOPubThread):
@@ -37,6 +43,18 @@ class CountingIOPubThread(IOPubThread):
                 self._subscriptions[topic] = after
             if subscribes and not before:
                 super()._handle_subscription([frame])
+
+    @property
+    def _event_pipe(self) -> Any:
+        pipe = super()._event_pipe
+        pipe.sndtimeo = SEND_TIMEOUT_MS
+        return pipe
+
+    def schedule(self, f: Callable[[], None]) -> None:
+        """Have ``f`` called in the thread. From any thread."""
+        # What was to be called is noted already; where the thread lives, a full line of wake-ups will do it.
+        with suppress(zmq.Again):
+            super().schedule(f)
 
     async def _run_event_pipe_gc(self) -> None:
         """Called once as a task when the thread begins: stock's endless loop of looks."""

@@ -59,6 +59,8 @@ class DSPexKernel(IPythonKernel):
         self._status = StatusBoard(self._send_status)
         self._cell: Callable[[FrameType | None], None] | None = None
         self._road: Road | None = None
+        self.dispatcher: Dispatcher  # from ``attach`` on
+        self.asker = NotebookAsker(self)
         super().__init__(**kwargs)
         self.debugger = None  # stock has built one that reaches no debugger: see ``attach``
         assert self.shell is not None
@@ -81,7 +83,6 @@ class DSPexKernel(IPythonKernel):
             setattr(self, name, part)
         self.dispatcher = dispatcher
         self._road = road
-        self.asker = NotebookAsker(dispatcher)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         assert self.shell is not None
         for publisher in (self.shell.displayhook, self.shell.display_pub):

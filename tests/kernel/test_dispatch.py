@@ -218,7 +218,7 @@ def test_an_interrupt_while_a_magic_submits_its_command_stops_the_command(
 
     go = threading.Event()
     workbench = make_workbench(dispatcher=DispatcherInterruptedInSubmit)
-    asker = NotebookAsker(workbench.dispatcher)
+    asker = NotebookAsker(workbench)
     threading.Timer(0.05, go.set).start()
     with pytest.raises(KeyboardInterrupt):
         asker.ask("create_program", CREATE["args"])

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from dspex_kernels import errors
@@ -25,15 +25,21 @@ class _Waiting:
         self.interrupted = False
 
 
+class HasDispatcher(Protocol):
+    """A kernel."""
+
+    dispatcher: Dispatcher
+
+
 class NotebookAsker:
     """Asks commands of the notebook's own session and waits, as a cell does.
 
     Args:
-        dispatcher: Of this kernel.
+        kernel: Has the dispatcher, by the time that a cell runs.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, kernel: HasDispatcher) -> None:
+        self._kernel = kernel
         self._waiting: _Waiting | None = None
 
     @property
@@ -70,13 +76,13 @@ class NotebookAsker:
         ask = Ask(content, message_id=uuid4().hex, reply=reply, emit=on_event, context=contextvars.copy_context())
         if threading.current_thread() is not threading.main_thread():
             # A subshell's cell: signals are the main thread's; Ctrl-C finds its command among the running ones.
-            self._dispatcher.submit(ask)
+            self._kernel.dispatcher.submit(ask)
             answered.wait()
             return self._result(answers[0])
         # Before the command runs: a KeyboardInterrupt inside submit would leave it without anyone who waits.
         waiting = self._waiting = _Waiting()
         try:
-            waiting.call = self._dispatcher.submit(ask)
+            waiting.call = self._kernel.dispatcher.submit(ask)
             if waiting.interrupted:
                 self.interrupt()
             answered.wait()
@@ -95,7 +101,7 @@ class NotebookAsker:
             return True
         reason = errors.CommandInterrupted(f"{call.command} was interrupted")
         # Not here: the interrupted code may hold the call's lock.
-        self._dispatcher.loop.call_soon_threadsafe(call.stop, reason)
+        self._kernel.dispatcher.loop.call_soon_threadsafe(call.stop, reason)
         return True
 
     def add_module(self, program_id: str, module: Any) -> dict[str, Any]:
@@ -109,7 +115,7 @@ class NotebookAsker:
         """
         call = Call(self._namespace(), command="create_program")
         adding = asyncio.run_coroutine_threadsafe(
-            programs.add_module(call, program_id, module), self._dispatcher.loop
+            programs.add_module(call, program_id, module), self._kernel.dispatcher.loop
         )
         try:
             return adding.result(DEFAULT_TIMEOUT_S).model_dump()
@@ -122,7 +128,7 @@ class NotebookAsker:
         """Make a function of the notebook a tool of its session; returns its name."""
         namespace = self._namespace()
         added: str = namespace.toolbox.add(function, name=name)
-        self._dispatcher.loop.call_soon_threadsafe(namespace.forget_tool, added)
+        self._kernel.dispatcher.loop.call_soon_threadsafe(namespace.forget_tool, added)
         return added
 
     def program_ids(self) -> list[str]:
@@ -130,7 +136,7 @@ class NotebookAsker:
         return sorted(self._namespace().contents.programs)
 
     def _namespace(self) -> Namespace:
-        return self._dispatcher.namespace(None)
+        return self._kernel.dispatcher.namespace(None)
 
     @staticmethod
     def _result(answer: dict[str, Any]) -> dict[str, Any]:

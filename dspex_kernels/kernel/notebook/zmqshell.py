@@ -12,6 +12,9 @@ from typing import Any
 
 from ipykernel import zmqshell
 from IPython.core.history import HistoryManager
+from IPython.core.profiledir import ProfileDir
+from IPython.paths import get_ipython_dir
+from traitlets import default
 
 
 class ZMQInteractiveShell(zmqshell.ZMQInteractiveShell):
@@ -33,15 +36,24 @@ class ZMQInteractiveShell(zmqshell.ZMQInteractiveShell):
         # Not none at all: the names of the notebook's history are given to its namespace.
         self._take_history(HistoryManager(shell=self, parent=self, enabled=False, hist_file=":memory:"))
 
-    def settle(self, profile_dir: Any, *, history: bool) -> None:
+    @default("ipython_dir")
+    def _default_ipython_dir(self) -> str:
+        return str(get_ipython_dir())
+
+    @default("profile_dir")
+    def _default_profile_dir(self) -> Any:
+        return ProfileDir.create_profile_dir_by_name(self.ipython_dir, "default")
+
+    def settle(self, profile_dir: Any = None, *, history: bool) -> None:
         """Take up the environment and the directory of the process. Called once, before the first cell.
 
         Args:
-            profile_dir: IPython's profile, a ``ProfileDir``.
+            profile_dir: IPython's profile, a ``ProfileDir``; None finds the default one when it is first asked for.
             history: Whether the cells go into IPython's database.
         """
-        super().init_ipython_dir(None)
-        super().init_profile_dir(profile_dir)
+        if profile_dir is not None:
+            super().init_ipython_dir(None)
+            super().init_profile_dir(profile_dir)
         super().init_environment()
         super().init_virtualenv()
         self.init_encoding()
