@@ -10,7 +10,7 @@ import time
 from dspex_kernels.cli.bench import clock
 from dspex_kernels.cli.bench.measurement import Bar, Bench, Row, Samples
 from dspex_kernels.cli.bench.pools import TIMEOUT_S, died, occupy, until_whole
-from dspex_kernels.cli.bench.ways import OWNER, WAYS, Way, call_program, make_program, service_of
+from dspex_kernels.cli.bench.ways import OWNER, WAYS, Way, call_program, make_program, only_errors, service_of
 
 WHOLE = "whole again"
 ANSWERS = "a session of it answers"
@@ -36,7 +36,7 @@ class Refill:
 async def _turn(bench: Bench, samples: Samples, way: Way) -> None:
     size = bench.scale.pool
     pool = {"size": size, "prestart": True, "max_restarts": 100}
-    async with service_of(bench, way, pool, backend="pooled") as service:
+    async with service_of(bench, way, pool, backend="pooled", log=only_errors()) as service:
         await until_whole(service, size)
         sessions, pids = await occupy(service, size, OWNER)
         await make_program(sessions[0])

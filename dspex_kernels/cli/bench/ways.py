@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -78,6 +79,13 @@ async def service_of(
         patience = {"max_sessions": 0, "kernel_start_timeout": PATIENCE_S, "command_timeout": PATIENCE_S}
         async with SessionService(config=settings, **files, **patience, **traits) as service:
             yield service
+
+
+def only_errors() -> logging.Logger:
+    """A log for services whose kernels are killed on purpose: of that it needs no warning."""
+    log = logging.getLogger("dspex-bench")
+    log.setLevel(logging.ERROR)
+    return log
 
 
 async def make_program(session: Session) -> None:
