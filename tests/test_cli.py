@@ -21,6 +21,7 @@ from traitlets.config import Application
 from dspex_kernels import LMPolicy, SessionService, __version__, errors
 from dspex_kernels.cli import batch, doctor, jsonl, main
 from dspex_kernels.cli.app import DSPexApp
+from dspex_kernels.cli.bench import plots
 from dspex_kernels.cli.call import parse_arguments
 from dspex_kernels.cli.install import kernel_spec
 from dspex_kernels.config import ProviderLimits
@@ -31,7 +32,7 @@ from dspex_kernels.sessions.secrets import Vault
 from dspex_kernels.sessions.store.sql import SQLStore
 
 ROOT = Path(__file__).parents[1]
-SUBCOMMANDS = ("demo", "call", "batch", "library", "store", "install", "doctor")
+SUBCOMMANDS = ("demo", "call", "batch", "library", "store", "install", "doctor", "bench")
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ class TestTheParser:
             "jupyter-dspex": "dspex_kernels.cli:main",
         }
 
-    def test_the_subcommands_are_the_six(self):
+    def test_the_subcommands_are_these_in_this_order(self):
         assert tuple(DSPexApp.subcommands) == SUBCOMMANDS
 
     @pytest.mark.parametrize("name", SUBCOMMANDS)
@@ -377,6 +378,37 @@ class TestTheStore:
         (tmp_path / "store.sqlite").touch()
         code, _, err = run_cli("store", "rotate-keys", f"--store={tmp_path / 'store.sqlite'}")
         assert (code, err.startswith("lm_credentials_required: ")) == (1, True)
+
+
+class TestBench:
+    @pytest.mark.parametrize(
+        ("argv", "says"),
+        [
+            (("surplus",), "surplus"),
+            (("--only=starts,nothing",), "there is no measurement nothing: there are starts, memory"),
+            (("--sessions=-1",), "sessions"),
+        ],
+    )
+    def test_a_call_that_makes_no_sense_is_refused_before_anything_starts(self, run_cli, argv, says):
+        code, out, err = run_cli("bench", *argv)
+        assert (code, out) == (1, "")
+        assert says in err
+
+    def test_pictures_without_matplotlib_are_refused_in_one_line_before_anything_is_measured(
+        self, run_cli, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(plots.importlib.util, "find_spec", lambda _: None)
+        code, out, err = run_cli("bench", f"--plots={tmp_path}")
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert err.startswith("dependency_missing: ")
+
+    def test_what_it_imports_loads_neither_dspy_nor_ipython_nor_matplotlib(self):
+        code = (
+            "import sys, dspex_kernels.cli.bench.app\n"
+            "print(sorted({'dspy', 'IPython', 'matplotlib'} & sys.modules.keys()))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "[]\n"
 
 
 class TestTheReadme:

@@ -24,6 +24,7 @@ _CONFIGURABLES = (
     "dspex_kernels.cli.store.StoreApp",
     "dspex_kernels.cli.install.InstallApp",
     "dspex_kernels.cli.doctor.DoctorApp",
+    "dspex_kernels.cli.bench.app.BenchApp",
 )
 """What a configuration file may set; loaded only when such a file, or all options, are written out."""
 
@@ -45,6 +46,7 @@ class DSPexApp(CommandLineApp):
         "store": ("dspex_kernels.cli.store.StoreApp", "Copy the store, seal its keys anew."),
         "install": ("dspex_kernels.cli.install.InstallApp", "Install the kernelspec."),
         "doctor": ("dspex_kernels.cli.doctor.DoctorApp", "Check this installation, with remedies."),
+        "bench": ("dspex_kernels.cli.bench.app.BenchApp", "Measure this installation, beside a stock kernel."),
     }
     flags = BASE_FLAGS | {
         "generate-config": (

@@ -28,6 +28,7 @@ OPTIONAL_PACKAGES = {
     "jupyter-console": "the kernel in a terminal",
     "nbclient": "running notebooks from Python",
     "papermill": "notebooks with parameters",
+    "matplotlib": "pictures of dspex-kernels bench",
     "litellm": "providers that DSPy does not speak to by itself",
     "numpy": "DSPy's KNN and SIMBA",
     "optuna": "DSPy's MIPROv2",
