@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class DSPexKernelApp(IPKernelApp):
 
     kernel_class = DSPexKernel
     road: Road | None = None
+    _heart: Any = None
 
     lean = False
     """Whether it does without what only notebooks expect: ``DSPEX_LEAN``, read when the application starts."""
@@ -200,8 +202,19 @@ class DSPexKernelApp(IPKernelApp):
             kernelapp.IOPubThread = stock
 
     def init_heartbeat(self) -> None:
+        """Called after the other sockets. A lean kernel's heart beats in its control thread, not in three more.
+
+        Not without one: a stock client without a manager takes such a kernel for dead.
+        """
         if not self.lean:
             super().init_heartbeat()
+            return
+        socket = self.context.socket(zmq.ROUTER)
+        socket.linger = 0
+        self._apply_curve_server_options(socket)
+        self.hb_port: int = self._bind_socket(socket, self.hb_port)
+        self._heart = ZMQStream(socket, self.control_thread.io_loop)
+        self._heart.on_recv(self._heart.send_multipart)
 
     def init_io(self) -> None:
         """Called before the kernel; a lean one does not watch what libraries write to descriptors."""
@@ -218,6 +231,11 @@ class DSPexKernelApp(IPKernelApp):
         """Called at the process's end: the context waits for sockets that are not closed."""
         if self.road is not None:
             self.road.close()
+        if self._heart is not None:
+            heart, thread = self._heart, self.control_thread
+            # A stream is its own thread's, which ends with what was asked of it before.
+            close = partial(thread.io_loop.add_callback, heart.close) if thread.is_alive() else heart.close
+            close()
         super().close()
 
     def init_kernel(self) -> None:

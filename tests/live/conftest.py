@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.live.births import birth
 from tests.live.kernels import LiveKernel
+
+__all__ = ["birth"]  # a fixture for every test here
 
 
 @pytest.fixture(scope="module")

@@ -79,12 +79,12 @@ def run_suite(suite: type[unittest.TestCase]) -> unittest.TestResult:
     return result
 
 
-def test_the_jupyter_projects_own_suite_passes_and_skips_nothing_but_what_is_listed():
+def test_the_jupyter_projects_own_suite_passes_and_skips_nothing_but_what_is_listed(birth):
     result = run_suite(KernelSuite)
     assert {reason for _, reason in result.skipped} == set(SKIPPED)
 
 
-def test_the_welcome_of_the_iopub_channel_is_sent():
+def test_the_welcome_of_the_iopub_channel_is_sent(birth):
     assert run_suite(WelcomeSuite).skipped == []
 
 
@@ -102,7 +102,7 @@ def without_tip(banner: str) -> str:
     return "\n".join(line for line in banner.splitlines() if not line.startswith("Tip: "))
 
 
-def test_kernel_info_differs_from_a_python_kernels_only_where_it_must():
+def test_kernel_info_differs_from_a_python_kernels_only_where_it_must(birth):
     python, dspex = kernel_info("python3"), kernel_info("dspex")
     entry = dspex.pop("dspex")
     assert set(entry) >= {"session_id", "protocol_version"}
@@ -111,7 +111,7 @@ def test_kernel_info_differs_from_a_python_kernels_only_where_it_must():
     assert dspex == python
 
 
-def test_nbclient_executes_a_notebook(tmp_path):
+def test_nbclient_executes_a_notebook(tmp_path, birth):
     cells = [
         nbformat.v4.new_code_cell(
             "import dspy\nclass Double(dspy.Module):\n    def forward(self, n): return 2 * n"
@@ -126,7 +126,7 @@ def test_nbclient_executes_a_notebook(tmp_path):
     assert notebook.cells[2].outputs[0].data["text/plain"] == "'awaited'"
 
 
-def test_papermill_executes_a_notebook_with_parameters(tmp_path):
+def test_papermill_executes_a_notebook_with_parameters(tmp_path, birth):
     cells = [
         nbformat.v4.new_code_cell("owner = 'nobody'", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell("print(f'{owner} asks')"),

@@ -1,0 +1,67 @@
+"""The three ways in which a kernel is born: started plainly, forked when it is wanted, or one that stood by."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dspex_kernels import config
+from dspex_kernels.provisioning.fork_provisioner import ForkServerProvisioner
+from dspex_kernels.provisioning.fork_servers import ForkServer
+from dspex_kernels.provisioning.guardian_client import GuardedProcess
+from tests.live.kernels import LiveKernel
+from tests.waiting import wait_for
+
+BIRTHS = ("plain", "forked", "standby")
+
+
+class Births:
+    """How the kernels of a test were born."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    @contextlib.contextmanager
+    def watched(self, patch: pytest.MonkeyPatch, birth: str) -> Iterator[None]:
+        """Have all kernels born so; afterwards, that they were is made sure of."""
+        patch.setenv(config.ENV_FORK, "0" if birth == "plain" else "1")
+        patch.setattr(ForkServerProvisioner, "standby", 2 if birth == "standby" else 0)
+        if birth == "standby":
+            self._have_some_stand_by()
+        self._note(patch)
+        yield
+        # Who asks for many at once is given more than stand by.
+        assert birth in self.seen, self.seen
+        assert set(self.seen) <= {birth, "forked" if birth == "standby" else birth}, self.seen
+
+    def _note(self, patch: pytest.MonkeyPatch) -> None:
+        take, launch = ForkServer.take, ForkServerProvisioner.__mro__[1]._launch  # type: ignore[attr-defined]  # the plain start
+
+        def taken(server: ForkServer, standby: int) -> Any:
+            future = take(server, standby)
+            self.seen.append("standby" if future.done() else "forked")
+            return future
+
+        async def launched(provisioner: Any, *args: Any) -> GuardedProcess:
+            self.seen.append("plain")
+            process: GuardedProcess = await launch(provisioner, *args)
+            return process
+
+        patch.setattr(ForkServer, "take", taken)
+        patch.setattr(ForkServerProvisioner.__mro__[1], "_launch", launched)
+
+    @staticmethod
+    def _have_some_stand_by() -> None:
+        with LiveKernel() as kernel:
+            servers = kernel.manager.provisioner._guardian.fork_servers
+            wait_for(lambda: any(server.standby for server in servers.all()), deadline=30, what="a standby kernel")
+
+
+@pytest.fixture(params=BIRTHS)
+def birth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How the test's kernels are born: each in its turn."""
+    with Births().watched(monkeypatch, request.param):
+        yield request.param
