@@ -35,7 +35,7 @@ CLOSING_TIME = 2.0
 """Seconds in which stopped commands must have ended when their session or the kernel is closed."""
 
 WRITE_SPENT_AFTER = 0.2
-"""Seconds after which it is written down that something was spent: an answer does not wait for that."""
+"""Seconds after which it is written what was spent outside finished programs: by cells, and by what still runs."""
 
 
 @dataclass(frozen=True)

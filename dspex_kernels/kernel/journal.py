@@ -32,6 +32,9 @@ COMPACT_RATIO: Final = 4
 LOCK_TIMEOUT: Final = 2.0
 """Seconds to wait for the session's previous kernel to be gone; it may be dying while its heir starts."""
 
+_MARGIN: Final = 256 * 1024
+"""More than the longest line about what was spent: 100 models, and their totals."""
+
 _LOCK_NAME = "journal.lock"  # apart from the journal, whose inode changes with each compaction
 _TEMPORARY_NAME = "journal.jsonl.new"
 
@@ -110,13 +113,36 @@ class Journal:
             InvalidRecord: The change holds something that JSON cannot.
         """
         with self._guard:
-            self._check_usable()
-            line = lines.encode(self._sequence + 1, datetime.now(UTC), change)
-            self._write(line, durable=not isinstance(change, Spent))
-            self._sequence += 1
-            self._contents.apply(change)
-            if self._size >= self._compact_at:
-                self._compact_if_possible()
+            self._append(change)
+
+    def append_at_once(self, spent: Spent) -> bool:
+        """Write what was spent without waiting for the disk; called on a loop, which others wait for.
+
+        Returns:
+            False where that cannot be: another write waits for the disk just now, or a compaction is due. Nothing
+            was written then.
+
+        Raises:
+            StoreError: As ``append``.
+        """
+        if not self._guard.acquire(blocking=False):
+            return False
+        try:
+            if self._size >= self._compact_at - _MARGIN:
+                return False
+            self._append(spent)
+            return True
+        finally:
+            self._guard.release()
+
+    def _append(self, change: Change) -> None:
+        self._check_usable()
+        line = lines.encode(self._sequence + 1, datetime.now(UTC), change)
+        self._write(line, durable=not isinstance(change, Spent))
+        self._sequence += 1
+        self._contents.apply(change)
+        if self._size >= self._compact_at:
+            self._compact_if_possible()
 
     def flush(self) -> None:
         """Make what was spent durable too.

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dspex_kernels import errors
 from dspex_kernels.protocol import limits
@@ -28,6 +28,14 @@ class Estimate:
 
     tokens: int
     usd: float | None
+
+
+class Reserved(NamedTuple):
+    """What requests that are on their way may use."""
+
+    lm_calls: int = 0
+    tokens: int = 0
+    usd: float = 0.0
 
 
 OTHER_MODELS = "(others)"
@@ -65,7 +73,7 @@ class Ledger:
         self._lm_calls = 0
         self._tokens = 0
         self._usd = 0.0
-        self._reserved = Spent()
+        self._reserved = Reserved()
         self.cache_hits = 0
         self.moved: Callable[[], None] = _nobody
         """Called when more was spent, from any thread. Set by who writes it down."""
@@ -95,9 +103,7 @@ class Ledger:
                 )
             usd = estimate.usd or 0.0
             self._refuse_over("usd", self.budget.usd, self._usd + held.usd, usd)
-            self._reserved = Spent.model_construct(
-                lm_calls=held.lm_calls + 1, tokens=held.tokens + estimate.tokens, usd=held.usd + usd
-            )
+            self._reserved = Reserved(held.lm_calls + 1, held.tokens + estimate.tokens, held.usd + usd)
             return estimate
 
     def release(self, estimate: Estimate) -> None:
@@ -149,8 +155,8 @@ class Ledger:
             self.cache_hits += 1
         self.moved()
 
-    def reserved(self) -> Spent:
-        """What requests that are on their way may use."""
+    def reserved(self) -> Reserved:
+        """What is set aside now."""
         with self._lock:
             return self._reserved
 
@@ -191,12 +197,11 @@ class Ledger:
         return self._models.setdefault(model, _ModelTotals())
 
     def _spent(self) -> Spent:
-        return Spent.model_construct(
+        return Spent(
             lm_calls=self._lm_calls,
             tokens=self._tokens,
             usd=self._usd,
-            # Not checked again: this is made for each reply.
-            models={model: ModelSpent.model_construct(**_fields(t)) for model, t in self._models.items()},
+            models={model: ModelSpent(**_fields(totals)) for model, totals in self._models.items()},
             cache_hits=self.cache_hits,
         )
 
@@ -205,7 +210,7 @@ class Ledger:
         left = held.lm_calls - 1
         # The last one takes all: sums of floats do not come back to zero.
         usd = max(0.0, held.usd - (estimate.usd or 0.0)) if left else 0.0
-        self._reserved = Spent.model_construct(lm_calls=left, tokens=held.tokens - estimate.tokens, usd=usd)
+        self._reserved = Reserved(left, held.tokens - estimate.tokens, usd)
 
     def _refuse_over(self, what: str, limit: float | None, used: float, more: float) -> None:
         # A limit that is reached exactly is spent: a budget of 0 forbids every request.

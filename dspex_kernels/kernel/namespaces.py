@@ -265,7 +265,7 @@ class Namespace:
         return spent
 
     async def write_spent(self) -> bool:
-        """Write the totals that a budget stands on, if they moved. Called soon after they did.
+        """Write the totals that a budget stands on, if they moved. Called after each program that ran, and later.
 
         A disk that refuses is logged: it must not cost an answer that was paid for.
 
@@ -278,7 +278,8 @@ class Namespace:
         if spent == self._told_spent:
             return True
         try:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, spent)
+            if not self._journal.append_at_once(spent):
+                await asyncio.get_running_loop().run_in_executor(self._executor, self._journal.append, spent)
             self._told_spent = spent
             return True
         except errors.StoreError as refusal:

@@ -138,7 +138,15 @@ class KernelConnection:
         return len(self._waiting)
 
     async def open(self) -> Self:
-        """Connect the sockets. The kernel need not be there yet: what is sent waits for it."""
+        """Connect what every kernel is asked on; the rest is connected when it is needed.
+
+        The kernel need not be there yet: what is sent waits for it.
+
+        Raises:
+            ValueError: A port is no number.
+            ZMQError: The addresses are none.
+        """
+        _address(self._info, "shell")
         if self._context is None:
             self._context = new_context()
         self._connect("control")
@@ -573,6 +581,6 @@ def _road_address(info: Mapping[str, Any], endpoint: Any) -> str | None:
 
 
 def _address(info: Mapping[str, Any], channel: str) -> str:
-    transport, ip, port = info.get("transport", "tcp"), info["ip"], info[f"{channel}_port"]
+    transport, ip, port = info.get("transport", "tcp"), info["ip"], int(info[f"{channel}_port"])
     separator = "-" if transport == "ipc" else ":"
     return f"{transport}://{ip}{separator}{port}"

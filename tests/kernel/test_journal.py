@@ -478,3 +478,17 @@ def test_a_kernel_that_dies_before_any_step_of_writing_or_compacting_loses_nothi
         assert is_in_order == "True", f"killed before step {step}"
         assert int(kept) - int(acknowledged) in (0, 1), f"killed before step {step}"
     assert points[-1][1] == "6"
+
+
+def test_what_was_spent_is_written_at_once_unless_the_disk_is_waited_for(opened: Journal, directory: Path) -> None:
+    assert opened.append_at_once(Spent(lm_calls=1))
+    assert _kept(directory).spent.lm_calls == 1
+    with opened._guard:  # as another thread's append does, until the disk has it
+        assert not opened.append_at_once(Spent(lm_calls=2))
+    opened._compact_at = 0
+    assert not opened.append_at_once(Spent(lm_calls=2))
+    assert _kept(directory).spent.lm_calls == 1
+    opened.close()
+    opened._compact_at = kernel_journal.COMPACT_BYTES
+    with pytest.raises(errors.StoreError, match="is closed"):
+        opened.append_at_once(Spent(lm_calls=2))

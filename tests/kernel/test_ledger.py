@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.ledger import Estimate, Ledger
+from dspex_kernels.kernel.ledger import Estimate, Ledger, Reserved
 from dspex_kernels.protocol.records import Budget, ModelSpent, Spent
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
@@ -42,14 +42,14 @@ def test_nothing_stays_reserved_when_all_are_settled() -> None:
             ledger.release(estimate)
         else:
             ledger.settle(estimate, "m", USAGE, None, failed=number % 3 == 1)
-    assert ledger.reserved() == Spent()
+    assert ledger.reserved() == Reserved()
 
 
 def test_a_refused_request_reserves_nothing() -> None:
     ledger = _ledger(tokens=10)
     with pytest.raises(errors.BudgetExceeded):
         ledger.reserve(Estimate(11, None))
-    assert ledger.reserved() == Spent()
+    assert ledger.reserved() == Reserved()
 
 
 @pytest.mark.parametrize("reported", [-1000, float("inf"), float("nan"), 10**30, "many", True])

@@ -34,6 +34,7 @@ async def execute_program(dispatcher: Dispatcher, call: Call, args: ExecuteProgr
             prediction = await _run(dispatcher, call, program, module, inputs)
     finally:
         namespace.executions += 1
+        await namespace.write_spent()
     if prediction is None:
         # BestOfN and Refine swallow the failures of their attempts and answer nothing.
         reason = call.last_provider_error or errors.ProgramFailed("every attempt failed")
