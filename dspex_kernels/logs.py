@@ -119,8 +119,8 @@ def install(find: Finder | None = None, *names: str) -> None:
         names: Of loggers; none is all: that looks at each of hundreds.
     """
     _FILTER.find = find
-    named = [logging.getLogger(name) for name in names]
-    loggers: list[Any] = named or [logging.root, *logging.root.manager.loggerDict.values()]
+    loggers: list[object] = [logging.getLogger(name) for name in names]
+    loggers = loggers or [logging.root, *logging.root.manager.loggerDict.values()]
     handlers = [handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers]
     for handler in (*handlers, logging.lastResort):
         if handler is not None:

@@ -59,8 +59,10 @@ def main() -> None:
     began = time.monotonic()
     built = template.build()
     children: dict[int, socket.socket] = {}
-    learned = _rehearse(built) if "--rehearse" in sys.argv else []
-    answer = {"build_s": time.monotonic() - began, "learned": learned, **_state()}
+    if "--rehearse" in sys.argv:
+        with tempfile.TemporaryDirectory(prefix="dx-") as directory:
+            _import_all(_rehearse(built, directory, {**os.environ, "HOME": directory}))
+    answer = {"build_s": time.monotonic() - began, **_state()}
     gc.disable()
     gc.collect()
     gc.freeze()
@@ -75,28 +77,32 @@ def main() -> None:
                 answer = _fork(built, children)
             case "assign":
                 answer = _assign(children[asked["pid"]], asked)
+            case "exited":  # and is kept for "wait"
+                ended = os.waitid(os.P_PID, asked["pid"], os.WEXITED | os.WNOWAIT)
+                answer = {"exit": ended.si_status if ended and ended.si_code == os.CLD_EXITED else None}
             case "wait":
                 _, status = os.waitpid(asked["pid"], 0)
                 children.pop(asked["pid"]).close()
                 answer = {"exit": os.waitstatus_to_exitcode(status)}
+            case "rehearse":
+                answer = {"learned": _rehearse(built, asked["cwd"], asked["env"])}
 
 
-def _rehearse(built: Any) -> list[str]:
-    """The modules that a rehearsing child has imported, imported here too."""
+def _rehearse(built: Any, directory: str, env: dict[str, str]) -> list[str]:
+    """The modules that a rehearsing child imports."""
     children: dict[int, socket.socket] = {}
-    with tempfile.TemporaryDirectory(prefix="dx-") as directory:
-        pid = _fork(built, children)["pid"]
-        asked = {"env": {**os.environ, "HOME": directory}, "cwd": directory, "rehearse": True, "output": "out"}
-        said = _assign(children[pid], {"connection_file": "", **asked})["said"]
-        os.waitpid(pid, 0)
-        children[pid].close()
-        assert said, (Path(directory) / "out").read_text()
-    learned = []
-    for name in json.loads(said):
-        with contextlib.suppress(Exception):
+    pid = _fork(built, children)["pid"]
+    asked = {"env": env, "cwd": directory, "rehearse": True, "connection_file": "", "output": "output"}
+    said = _assign(children[pid], asked)["said"]
+    os.waitpid(pid, 0)
+    children[pid].close()
+    return list(json.loads(said))
+
+
+def _import_all(names: list[str]) -> None:
+    for name in names:
+        with contextlib.suppress(Exception):  # what only a kernel can import
             importlib.import_module(name)
-            learned.append(name)
-    return learned
 
 
 def _state() -> dict[str, Any]:
