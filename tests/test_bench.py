@@ -18,6 +18,8 @@ from dspex_kernels.cli.bench.figures import Spread
 from dspex_kernels.cli.bench.measurement import Bar, Row, Samples
 from dspex_kernels.cli.bench.report import HEADINGS, Measured, Report, data_of, markdown_of, short, text_of
 
+ROOT = Path(__file__).parents[1]
+
 
 class TestFigures:
     @pytest.mark.parametrize(
@@ -181,10 +183,20 @@ class TestTheReport:
 class TestPictures:
     @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is optional")
     def test_each_measurement_with_figures_is_drawn(self, tmp_path):
-        report = report_of(SLOW, FAST)
-        report.measured.append(Measured("memory", "Memory", [], 1.0, "failed"))
-        assert plots.draw(report, tmp_path / "new") == [tmp_path / "new" / "starts.svg"]
-        assert (tmp_path / "new" / "starts.svg").read_text().startswith("<?xml")
+        # In a process of its own: matplotlib keeps its fonts open.
+        code = (
+            "import sys\nfrom pathlib import Path\nfrom dspex_kernels.cli.bench import plots\n"
+            "from tests.test_bench import FAST, SLOW, Measured, report_of\n"
+            "report = report_of(SLOW, FAST)\n"
+            "report.measured.append(Measured('memory', 'Memory', [], 1.0, 'failed'))\n"
+            "print([path.name for path in plots.draw(report, Path(sys.argv[1]))])"
+        )
+        directory = tmp_path / "new"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert done.stdout == "['starts.svg']\n"
+        assert (directory / "starts.svg").read_text().startswith("<?xml")
 
     def test_without_matplotlib_the_remedy_is_told(self, tmp_path, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

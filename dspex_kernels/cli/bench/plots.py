@@ -13,9 +13,9 @@ from dspex_kernels.cli.bench.report import Measured, Report, short
 
 WIDTH = 8.0
 """Inches."""
-BAR_HEIGHT, HEAD_HEIGHT = 0.3, 0.7
+ROW_HEIGHT, HEAD_HEIGHT = 0.4, 0.7
 WIDE = 20.0
-"""A largest bar so many times the smallest is drawn on a logarithmic scale."""
+"""A largest median so many times the smallest is drawn on a logarithmic scale."""
 
 
 def check_available() -> None:
@@ -44,7 +44,7 @@ def _draw(one: Measured, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     groups = _groups(one.rows)
-    heights = [HEAD_HEIGHT + BAR_HEIGHT * len(rows) for rows in groups]
+    heights = [HEAD_HEIGHT + ROW_HEIGHT * len(rows) for rows in groups]
     figure = Figure(figsize=(WIDTH, 0.5 + sum(heights)), layout="constrained")
     figure.suptitle(one.title)
     plots = figure.subplots(len(groups), squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -63,20 +63,23 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _draw_group(axes: Any, rows: Sequence[Row]) -> None:
-    """Bars to the medians, with whiskers from quartile to quartile."""
-    spreads = [row.spread for row in rows]
+    """Points at the medians, with whiskers from quartile to quartile; no bars, which a logarithm would cut off."""
+    ways, spreads = [row.way for row in rows], [row.spread for row in rows]
     middles = [spread.median for spread in spreads]
     whiskers = [
         [spread.median - spread.quartile_1 for spread in spreads],
         [spread.quartile_3 - spread.median for spread in spreads],
     ]
-    bars = axes.barh(
-        [row.way for row in rows], middles, xerr=whiskers, height=0.6, color="#4c72b0", ecolor="#333333"
-    )
-    axes.bar_label(bars, [f" {short(middle)} {rows[0].unit}" for middle in middles], padding=4)
+    axes.errorbar(middles, ways, xerr=whiskers, fmt="o", color="#4c72b0", ecolor="#333333", capsize=3)
+    for way, middle in zip(ways, middles, strict=True):
+        label = f"{short(middle)} {rows[0].unit}".rstrip()
+        axes.annotate(label, (middle, way), (0, 5), textcoords="offset points", ha="center", fontsize="small")
     axes.invert_yaxis()
-    axes.margins(x=0.2)
+    axes.margins(x=0.1, y=0.3)
+    axes.grid(axis="x", alpha=0.3)
     axes.set_title(rows[0].what, loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     if min(middles) > 0 and max(middles) > WIDE * min(middles):
         axes.set_xscale("log")
+    elif min(middles) >= 0:
+        axes.set_xlim(left=0)

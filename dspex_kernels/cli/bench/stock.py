@@ -15,7 +15,7 @@ from jupyter_client.manager import AsyncKernelManager
 from dspex_kernels import errors
 from dspex_kernels.cli.bench.machine import IRI_PACKAGE
 
-ANSWER_TIMEOUT = 120.0
+ANSWER_TIMEOUT = 300.0
 """Seconds for one answer of a kernel that has a machine full of others beside it."""
 
 WITHOUT_IRI = f"import sys\nsys.modules[{IRI_PACKAGE!r}] = None\n"
