@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import copy
 import os
+import resource
 import signal
 import subprocess
 import uuid
@@ -119,6 +120,16 @@ class GuardedKernelManager(AsyncKernelManager):
         return guarded
 
 
+    async def _async_post_start_kernel(self, **kwargs: Any) -> None:
+        """Called by Jupyter after the launch. Its control socket is connected when the kernel is shut down.
+
+        For each of a thousand kernels that is two descriptors less; there is no restarter either.
+        """
+        await self.provisioner.post_launch(**kwargs)
+
+    post_start_kernel = _async_post_start_kernel
+
+
 class Kernels(LoggingConfigurable):
     """The kernels of a service, on a private ``AsyncMultiKernelManager``.
 
@@ -174,6 +185,7 @@ class Kernels(LoggingConfigurable):
         if tenure is not None:
             assert services is not None
             self._guardian = await _open_guardian(tenure, services)
+        raise_open_files()
         runtime_dir = Path(jupyter_runtime_dir())
         await asyncio.to_thread(runtime_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
         if self._limits_dir is not None:
@@ -493,6 +505,13 @@ class Kernels(LoggingConfigurable):
             link = kernel.link
             if link is not None and link.is_symlink() and not link.exists():  # else it is the next kernel's already
                 link.unlink()
+
+
+def raise_open_files() -> None:
+    """Let this process open as many files as it may: three for each kernel, where systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _close_result(opening: asyncio.Task[IO[bytes]]) -> None:
