@@ -3,13 +3,11 @@
 ``warm`` runs commands in the process that forks: modules are imported, validators built, caches filled, code is
 specialised by the interpreter. It uses no thread, and leaves none of what it made. ``Visitor`` asks a kernel that
 runs, in a throw-away child, what a person and a service ask one: so a fork server learns what else is imported.
-``touch`` is for a child that waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import json
 import tempfile
 import threading
@@ -21,15 +19,12 @@ from typing import Any, TypeVar
 import dspy
 import zmq
 from dspy.clients import base_lm, model_metadata
-from ipykernel.control import ControlThread
 from jupyter_client.connect import write_connection_file
 from jupyter_client.session import Session
-from zmq.eventloop.zmqstream import ZMQStream
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.dispatch import Ask, CommandThread, Dispatcher, Identity
-from dspex_kernels.kernel.iopub import CountingIOPubThread
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.namespaces import Namespace
@@ -142,38 +137,6 @@ def _write_journal() -> None:
         journal, _ = Journal.open(Path(directory) / "session")
         journal.append(Spent())
         journal.close()
-
-
-def touch() -> None:
-    """Use once, in a child that waits for its session, what its start will use: sockets, loops, threads, messages.
-
-    The pages that this copies would else be copied while somebody waits. All of it is closed again, for the child
-    knows no address yet. Programs are not touched: a session that is idle shall not pay 5 MiB for them.
-    """
-    session = Session(key=b"touch")
-    context = zmq.Context()
-    publisher, router, dealer = (context.socket(kind) for kind in (zmq.XPUB, zmq.ROUTER, zmq.DEALER))
-    publisher.bind("inproc://touch-iopub")
-    router.bind("inproc://touch")
-    dealer.connect("inproc://touch")
-    iopub, control = CountingIOPubThread(publisher, session=session), ControlThread(daemon=True)
-    heard = threading.Event()
-
-    def hear(frames: list[Any]) -> None:
-        _, message = session.feed_identities(frames, copy=False)
-        session.send(iopub.background_socket, "status", {}, parent=session.deserialize(message, copy=False))
-        heard.set()
-
-    ZMQStream(router, control.io_loop).on_recv(hear, copy=False)
-    iopub.start()
-    control.start()
-    session.send(dealer, "kernel_info_request", {})
-    heard.wait(WAIT_MS / 1000)
-    for thread in (control, iopub):
-        thread.stop()
-    control.join()
-    atexit.unregister(iopub.stop)
-    context.destroy(linger=0)
 
 
 class Visitor(threading.Thread):

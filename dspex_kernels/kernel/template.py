@@ -71,9 +71,6 @@ class Template:
 
     def park(self) -> None:
         """Do in a child what can be done before it is known whose kernel it will be."""
-        from dspex_kernels.kernel.rehearsal import touch
-
-        touch()
 
     def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
         """Be the kernel until it ends.
