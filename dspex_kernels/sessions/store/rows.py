@@ -111,7 +111,8 @@ def _apply(connection: sa.Connection, session_id: str, change: Change) -> None:
         case ProgramPut(record=record):
             connection.execute(_PUT_PROGRAM, _program_row(session_id, record))
         case ProgramDeleted(program_id=program_id):
-            of_program = (PROGRAMS.c.session_id == session_id) & (PROGRAMS.c.program_id == program_id)
+            # Not ``&``: what that makes are cycles, which only the garbage collector ends.
+            of_program = sa.and_(PROGRAMS.c.session_id == session_id, PROGRAMS.c.program_id == program_id)
             connection.execute(PROGRAMS.delete().where(of_program))
         case SettingsChanged(settings=settings):
             update_session(connection, session_id, settings=to_json(settings))

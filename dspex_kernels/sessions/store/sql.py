@@ -225,7 +225,8 @@ class SQLStore(SQLLibrary, SessionStore):
             await asyncio.to_thread(self._database.back_up, path)
 
     async def _update(self, session_id: str, **values: Any) -> None:
-        mine = (SESSIONS.c.session_id == session_id) & holders.is_held_by(self._service_id)
+        # Not ``&``: what that makes are cycles, which only the garbage collector ends; this is asked all the time.
+        mine = sa.and_(SESSIONS.c.session_id == session_id, holders.is_held_by(self._service_id))
         statement = SESSIONS.update().where(mine).values(values)
 
         def update(connection: sa.Connection) -> None:
