@@ -119,7 +119,6 @@ class GuardedKernelManager(AsyncKernelManager):
         guarded.metadata = {**spec.metadata, "kernel_provisioner": provisioner}
         return guarded
 
-
     async def _async_post_start_kernel(self, **kwargs: Any) -> None:
         """Called by Jupyter after the launch. Its control socket is connected when the kernel is shut down.
 
