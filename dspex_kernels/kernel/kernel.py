@@ -383,7 +383,7 @@ class DSPexKernel(IPythonKernel):
         """Called by the application once all sockets are there."""
         self.dispatcher.start()
         if self._road is not None:
-            self._road.serve(self.dispatcher, self._take_from_road)
+            self._road.serve(self.dispatcher, self._take_from_road, lambda: self.kernel_info)
         if self.debugpy_stream is not None:
             super().start()
         else:  # stock warns that it cannot debug, in each kernel's log

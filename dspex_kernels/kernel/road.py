@@ -2,7 +2,7 @@
 
 On shell a message changes threads three times, and states and flushes go around it; here it is taken in where it
 runs, and its reply leaves from there. The messages are the same, signed with the same key, encrypted where the
-kernel encrypts; ``kernel_info`` tells the endpoint. Only commands are answered here.
+kernel encrypts; ``kernel_info`` tells the endpoint, and is answered here too. Besides it, only commands are.
 
 Over tcp the port is free to choose. Over ipc the socket is one more file, beside the other channels' ones: who
 starts the kernel names it in the environment and removes it when the kernel was killed. A kernel that nobody told
@@ -31,6 +31,8 @@ PORTS = (20_000, 32_000)
 meanwhile."""
 LINGER_MS = 1000
 """For replies that have not left when the kernel ends; as for the other channels."""
+
+INFO_REQUEST, INFO_REPLY = "kernel_info_request", "kernel_info_reply"
 
 Reply = Callable[[dict[str, Any]], None]
 Take = Callable[[Opened, Any, Reply], None]
@@ -79,14 +81,16 @@ class Road:
             return None
         return cls(socket, app.session)
 
-    def serve(self, dispatcher: Dispatcher, take: Take) -> None:
+    def serve(self, dispatcher: Dispatcher, take: Take, info: Callable[[], dict[str, Any]]) -> None:
         """Read requests on the command loop from now on.
 
         Args:
             dispatcher: Whose loop.
             take: Takes each.
+            info: The kernel's answer to ``kernel_info_request``.
         """
         self._dispatcher = dispatcher
+        self._info = info
         dispatcher.loop.call_soon_threadsafe(self._begin, take)
 
     def close(self) -> None:
@@ -106,6 +110,9 @@ class Road:
             # Not even a header, or a wrong signature: there is nobody to answer.
             log.warning("a message on the dspex channel is dropped: %s", failure)
             return
+        if opened.msg_type == INFO_REQUEST:
+            self._reply(opened, {"status": "ok", **self._info()}, INFO_REPLY)
+            return
         if opened.msg_type != REQUEST:
             log.warning("a %s on the dspex channel is dropped: only %s is answered here", opened.msg_type, REQUEST)
             return
@@ -116,8 +123,8 @@ class Road:
             content = None
         take(opened, content, lambda answer: self._reply(opened, answer))
 
-    def _reply(self, opened: Opened, answer: dict[str, Any]) -> None:
-        _, frames = self._envelopes.seal(REPLY, answer, opened.header)
+    def _reply(self, opened: Opened, answer: dict[str, Any], msg_type: str = REPLY) -> None:
+        _, frames = self._envelopes.seal(msg_type, answer, opened.header)
         assert self._channel is not None
         assert self._dispatcher is not None
         if threading.get_ident() == self._dispatcher.thread.ident:

@@ -651,11 +651,14 @@ def bury(directory: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a file, socket or link; it may be gone already."""
+    """Remove a file, socket or link, which may be gone already; or a directory, with the last that was in it."""
     try:
         os.unlink(path)
     except FileNotFoundError:
         return
+    except IsADirectoryError:
+        if not os.listdir(path):
+            os.rmdir(path)
     except OSError as failure:
         complain(f"{failure}: remove it")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -26,7 +27,7 @@ from typing import Any, Self
 import zmq
 import zmq.asyncio
 
-from dspex_kernels import errors, logs, tracing
+from dspex_kernels import config, errors, logs, tracing
 from dspex_kernels.protocol import FEATURE, PROTOCOL_VERSION, messages
 from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_command
 from dspex_kernels.protocol.envelopes import Envelopes, Opened
@@ -119,7 +120,7 @@ class KernelConnection:
         self._grace = grace
         self._envelopes = Envelopes(self._info.get("key", b""), self._info.get("signature_scheme") or "hmac-sha256")
         self._channels: dict[str, LoopSocket] = {}
-        self._on_shell = 0
+        self._on_shell = self._on_control = 0
         """Calls that wait there."""
         self._road: str | None = None
         """Where the kernel's own channel is; None where it is not used."""
@@ -149,7 +150,8 @@ class KernelConnection:
         _address(self._info, "shell")
         if self._context is None:
             self._context = new_context()
-        self._connect("control")
+        if self._road_beside() is None:
+            self._connect("control")
         return self
 
     async def close(self) -> None:
@@ -288,7 +290,7 @@ class KernelConnection:
             ProtocolMismatch: It speaks another major version.
             CommandTimeout: No answer in ``timeout`` seconds.
         """
-        info = await self.kernel_info(timeout=timeout)
+        info = await self._info_by_road() or await self.kernel_info(timeout=timeout)
         if FEATURE not in (info.get("supported_features") or []):
             raise errors.NotADSPexKernel(
                 f"kernel {self.name} ({info.get('implementation', 'unknown')}) is not a dspex kernel: "
@@ -331,6 +333,7 @@ class KernelConnection:
         waiting = self._waiting[message_id] = _Waiting(row, asyncio.get_running_loop().create_future(), on_event)
         on_shell = channel == "commands" and not self._went_by_road(frames)
         self._on_shell += on_shell
+        self._on_control += channel == "control"
         try:
             if on_event is not None and (stream or on_shell):
                 waiting.idle = asyncio.Event()
@@ -344,9 +347,16 @@ class KernelConnection:
             return reply
         finally:
             self._on_shell -= on_shell
+            self._on_control -= channel == "control"
             del self._waiting[message_id]
+            self._close_unused()
             if waiting.reply.done() and not waiting.reply.cancelled():
                 waiting.reply.exception()  # marks an error as seen that came as the caller left
+
+    def _close_unused(self) -> None:
+        """Let control go when nobody waits there: of a thousand kernels, most have nothing to be asked there."""
+        if self._road is not None and not self._on_control and (control := self._channels.pop("control", None)):
+            control.close(linger=0)
 
     def _check_room(self, row: Command | None) -> None:
         limit = self._max_pending + (CONTROL_RESERVE if row is None or row.control else 0)
@@ -417,6 +427,27 @@ class KernelConnection:
         finally:
             self._looking = False
 
+    def _road_beside(self) -> str | None:
+        """Where the kernel's own channel is known to be before the kernel tells: over ipc, beside the others."""
+        path = config.road_path(str(self._info["ip"]))
+        is_there = self._info.get("transport") == "ipc" and os.path.exists(path)  # noqa: PTH110  # it is no file
+        return f"ipc://{path}" if is_there and self._road is None else None
+
+    async def _info_by_road(self) -> dict[str, Any] | None:
+        """What the kernel tells about itself, and its own channel taken; None where it is not asked there."""
+        address = self._road_beside()
+        if address is None or self._failure is not None:
+            return None
+        channel = self._connected("road", address)
+        try:
+            info = await self._answer(channel, "kernel_info_request", {})
+            if info is not None and self._road is None and self._failure is None:
+                self._road, self._channels["road"] = address, channel
+            return info
+        finally:
+            if self._channels.get("road") is not channel:
+                channel.close(linger=0)
+
     async def _take_road(self, about: Mapping[str, Any]) -> None:
         """Use the kernel's own channel from now on, if it answers there: another may listen, or nobody."""
         address = _road_address(self._info, about.get("endpoint"))
@@ -429,28 +460,36 @@ class KernelConnection:
             return
         unused: LoopSocket | None = channel
         try:
-            if await self._answers(channel, about) and address != self._road and self._failure is None:
+            if await self._is_of(channel, about) and address != self._road and self._failure is None:
                 unused, self._road = self._channels.get("road"), address
                 self._channels["road"] = channel
         finally:
             if unused is not None:
                 unused.close(linger=0)
 
-    async def _answers(self, channel: LoopSocket, about: Mapping[str, Any]) -> bool:
+    async def _is_of(self, channel: LoopSocket, about: Mapping[str, Any]) -> bool:
         ping = messages.Request(command="ping").model_dump(exclude_none=True)
-        message_id, frames = self._envelopes.seal(messages.REQUEST, ping)
+        answer = await self._answer(channel, messages.REQUEST, ping)
+        try:
+            return answer is not None and _result(answer).get("kernel_id") == about.get("kernel_id")
+        except errors.DSPexError as failure:
+            _log.debug("kernel %s: it does not answer on its own channel: %s", self.name, failure)
+            return False
+
+    async def _answer(self, channel: LoopSocket, msg_type: str, content: dict[str, Any]) -> dict[str, Any] | None:
+        """The kernel's answer on a channel that may not be its own; None where there is none in time."""
+        message_id, frames = self._envelopes.seal(msg_type, content)
         waiting = self._waiting[message_id] = _Waiting(None, asyncio.get_running_loop().create_future())
         try:
             async with asyncio.timeout(ROAD_TIMEOUT):
                 await channel.until_writable()
                 channel.send(frames)
-                answer = _result(await waiting.reply)
+                return await waiting.reply
         except (TimeoutError, errors.DSPexError) as failure:
             _log.debug("kernel %s: it does not answer on its own channel: %s", self.name, failure)
-            return False
+            return None
         finally:
             del self._waiting[message_id]
-        return answer.get("kernel_id") == about.get("kernel_id")
 
     # What comes in
 

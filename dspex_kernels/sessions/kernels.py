@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 from jupyter_core.paths import jupyter_runtime_dir
-from traitlets import Unicode
+from traitlets import Unicode, default
 from traitlets.config import Config, LoggingConfigurable
 
 from dspex_kernels import config, errors
@@ -55,6 +56,11 @@ SUSPICION_AFTER = 2.0
 MAX_PORT_ATTEMPTS = 3
 """Starts of a kernel one of whose ports another process has taken (jupyter_client#487)."""
 PORT_TAKEN = "Address already in use"
+SOCKETS_PREFIX = "dspex-"
+SOCKET_NAME = 8
+"""Characters of a kernel's own in its sockets' paths."""
+MAX_SOCKET_PATH = 107
+"""Bytes of the longest path that a socket may have (unix(7))."""
 READ_INTERVAL = 2.0
 """Seconds between two readings of the kernels' memory."""
 SHUTDOWN_TIMEOUT = 15.0
@@ -107,6 +113,17 @@ class GuardedKernelManager(AsyncKernelManager):
     """Starts its kernel below the service's guardian, whatever provisioner the kernelspec names."""
 
     service_id = Unicode("", help="Whose guardian; empty leaves the kernelspec as it is.").tag(config=True)
+    sockets_dir = Unicode("", help="Where ipc sockets are; empty is beside the connection file.").tag(config=True)
+
+    @default("transport")
+    def _default_transport(self) -> str:
+        # Nobody else's: tcp would leave them to every user of the machine but for the key, and takes ports.
+        return "ipc" if self.sockets_dir else "tcp"
+
+    def _ip_default(self) -> str:
+        if self.transport == "ipc" and self.sockets_dir:
+            return f"{self.sockets_dir}/{uuid.uuid4().hex[:SOCKET_NAME]}"
+        return str(super()._ip_default())
 
     @property
     def kernel_spec(self) -> Any:
@@ -115,9 +132,25 @@ class GuardedKernelManager(AsyncKernelManager):
         if not self.service_id or spec is None:
             return spec
         guarded = copy.copy(spec)
-        provisioner = {"provisioner_name": PROVISIONER, "config": {"service_id": self.service_id}}
+        given = {"service_id": self.service_id, "remove_paths": [self.sockets_dir] if self.sockets_dir else []}
+        provisioner = {"provisioner_name": PROVISIONER, "config": given}
         guarded.metadata = {**spec.metadata, "kernel_provisioner": provisioner}
         return guarded
+
+    async def _async_start_kernel(self, **kwargs: Any) -> None:
+        """Called by Jupyter. Its own sleeps for 10 ms in the end, for its tests' sake."""
+        self._attempted_start = True
+        self._ready = asyncio.get_running_loop().create_future()
+        try:
+            command, options = await self._async_pre_start_kernel(**kwargs)
+            await self._async_launch_kernel(command, **options)
+            await self._async_post_start_kernel(**options)
+        except Exception as failure:
+            self._ready.set_exception(failure)
+            raise
+        self._ready.set_result(None)
+
+    start_kernel = _async_start_kernel
 
     async def _async_post_start_kernel(self, **kwargs: Any) -> None:
         """Called by Jupyter after the launch. Its control socket is connected when the kernel is shut down.
@@ -171,6 +204,7 @@ class Kernels(LoggingConfigurable):
         self._context: zmq.asyncio.Context | None = None
         self._multi: Any = None
         self._guardian: Any = None
+        self._sockets_dir: str | None = None
         self._cutting: asyncio.Task[None] | None = None
 
     async def start(self, tenure: Tenure | None = None, services: Path | None = None) -> None:
@@ -187,6 +221,7 @@ class Kernels(LoggingConfigurable):
         raise_open_files()
         runtime_dir = Path(jupyter_runtime_dir())
         await asyncio.to_thread(runtime_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
+        self._sockets_dir = await asyncio.to_thread(make_sockets_dir) if self._guardian is not None else None
         if self._limits_dir is not None:
             await asyncio.to_thread(self._limits_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
         self._context = new_context()
@@ -204,6 +239,7 @@ class Kernels(LoggingConfigurable):
         settings = Config(self.config)
         if tenure is not None and self._guardian is not None:
             settings.GuardedKernelManager.service_id = tenure.service_id
+            settings.GuardedKernelManager.sockets_dir = self._sockets_dir or ""
         return settings
 
     async def stop(self) -> None:
@@ -220,6 +256,9 @@ class Kernels(LoggingConfigurable):
                 self._context.destroy(linger=0)
             if self._guardian is not None:
                 await self._stop_guardian()
+            if self._sockets_dir is not None:
+                with contextlib.suppress(FileNotFoundError):  # the guardian was quicker
+                    await asyncio.to_thread(os.rmdir, self._sockets_dir)
             await self._finish_tasks(0.0)
 
     async def _finish_tasks(self, timeout: float) -> None:
@@ -504,6 +543,15 @@ class Kernels(LoggingConfigurable):
             link = kernel.link
             if link is not None and link.is_symlink() and not link.exists():  # else it is the next kernel's already
                 link.unlink()
+
+
+def make_sockets_dir() -> str | None:
+    """A new private directory (0700) for ipc sockets, whose paths must be short; None where they would not be."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    longest = f"{base}/{SOCKETS_PREFIX}xxxxxxxx/{'x' * SOCKET_NAME}"
+    if len(os.fsencode(config.road_path(longest))) > MAX_SOCKET_PATH or not os.access(base, os.W_OK):
+        return None
+    return tempfile.mkdtemp(prefix=SOCKETS_PREFIX, dir=base)
 
 
 def raise_open_files() -> None:

@@ -1,0 +1,92 @@
+"""A thousand sessions with a kernel each on one machine: all answer, all go, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dspex_kernels import SessionService
+from dspex_kernels.provisioning import guardian as guardian_process
+from tests.stress import figures
+from tests.stress.services import descriptors_of, memory_of, side_by_side, started
+
+SESSIONS = figures.scaled(1000)
+WORKERS = 4
+IDLE_MIB, USED_MIB = 11, 16
+"""Private memory of a kernel at most: when it answers, and when it has run a program."""
+IDLE_KERNELS, IDLE_S, IDLE_SHARE = 100, 30 * min(figures.SCALE, 1), 0.001
+"""So many kernels together may use so much of a core, looked at for so many seconds."""
+DESCRIPTORS = 3
+"""Of the service, for each kernel."""
+
+
+def processor_s(pids: list[int]) -> float:
+    """Seconds that processes have computed, all their threads; in nanoseconds, where ticks would hide them."""
+    told = [path.read_text() for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    return sum(int(text.split()[0]) for text in told) / 1e9
+
+
+async def make(service: SessionService, session_id: str) -> None:
+    session = await service.create_session("owner", session_id=session_id, lm="offline/echo")
+    await session.create_program("qa", "question -> answer")
+
+
+async def execute(service: SessionService, session_id: str) -> None:
+    args = {"program_id": "qa", "inputs": {"question": session_id}}
+    assert "answer" in (await service.call(session_id, "execute_program", args, timeout=120))["outputs"]
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(2 * figures.TIMEOUT)
+def test_a_thousand_dedicated_sessions_live_at_once_and_are_small_and_quiet(tmp_path):
+    async def work() -> None:
+        async with started(tmp_path, "dedicated", max_sessions=0) as service:
+            await live(service)
+
+    async def live(service: SessionService) -> None:
+        await service.create_session("first", session_id="first")  # with it comes the fork server
+        guardian = service._kernels._guardian
+        ids = [f"session-{number}" for number in range(SESSIONS)]
+        files_before = descriptors_of(os.getpid())
+        began = time.monotonic()
+        await side_by_side((make(service, one) for one in ids), WORKERS)
+        create_s = time.monotonic() - began
+        files = (descriptors_of(os.getpid()) - files_before) / SESSIONS
+        pids = [info.kernel_pid for info in await service.list_sessions() if info.session_id != "first"]
+        idle_mib = sum(map(memory_of, pids)) / len(pids) / 2**20
+        quiet = pids[:IDLE_KERNELS]
+        computed = processor_s(quiet)
+        await asyncio.sleep(IDLE_S)  # that is what is measured: nothing happens meanwhile
+        share = (processor_s(quiet) - computed) / IDLE_S * IDLE_KERNELS / len(quiet)
+        began = time.monotonic()
+        await side_by_side((execute(service, one) for one in ids), WORKERS)
+        execute_s = time.monotonic() - began
+        used_mib = sum(map(memory_of, pids)) / len(pids) / 2**20
+        began = time.monotonic()
+        await service.destroy_sessions("owner")
+        destroy_s = time.monotonic() - began
+        figures.tell(
+            "a thousand kernels",
+            sessions=SESSIONS,
+            created_per_s=SESSIONS / create_s,
+            executed_per_s=SESSIONS / execute_s,
+            destroyed_per_s=SESSIONS / destroy_s,
+            idle_mib=idle_mib,
+            used_mib=used_mib,
+            idle_cpu_of_100=share,
+            descriptors_each=files,
+        )
+        assert len(set(pids)) == SESSIONS
+        assert await service.list_sessions() == []
+        left = [pid for pid in guardian_process.children(guardian.pid) if pid in pids]
+        assert left == []
+        assert share <= IDLE_SHARE
+        assert files <= DESCRIPTORS
+        assert idle_mib <= IDLE_MIB
+        assert used_mib <= USED_MIB
+
+    asyncio.run(work())
