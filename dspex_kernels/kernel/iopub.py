@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -52,9 +51,14 @@ class CountingIOPubThread(IOPubThread):
 
     def schedule(self, f: Callable[[], None]) -> None:
         """Have ``f`` called in the thread. From any thread."""
-        # What was to be called is noted already; where the thread lives, a full line of wake-ups will do it.
-        with suppress(zmq.Again):
+        try:
             super().schedule(f)
+        except zmq.Again:
+            return  # it is noted already; where the thread lives, a full line of wake-ups will do it
+        except zmq.ZMQError as failure:
+            if failure.errno not in (zmq.ENOTSOCK, zmq.ETERM):
+                raise
+            f()  # the thread has just ended: as stock does it then
 
     async def _run_event_pipe_gc(self) -> None:
         """Called once as a task when the thread begins: stock's endless loop of looks."""

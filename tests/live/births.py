@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ from dspex_kernels import config
 from dspex_kernels.provisioning.fork_provisioner import ForkServerProvisioner
 from dspex_kernels.provisioning.fork_servers import ForkServer
 from dspex_kernels.provisioning.guardian_client import GuardedProcess
+from dspex_kernels.provisioning.provisioner import shared_guardians
 from tests.live.kernels import LiveKernel
 from tests.waiting import wait_for
 
@@ -31,6 +34,8 @@ class Births:
         patch.setattr(ForkServerProvisioner, "standby", 2 if birth == "standby" else 0)
         if birth == "standby":
             self._have_some_stand_by()
+        else:
+            _have_none_stand_by()
         self._note(patch)
         yield
         # Who asks for many at once is given more than stand by.
@@ -58,6 +63,17 @@ class Births:
         with LiveKernel() as kernel:
             servers = kernel.manager.provisioner._guardian.fork_servers
             wait_for(lambda: any(server.standby for server in servers.all()), deadline=30, what="a standby kernel")
+
+
+def _have_none_stand_by() -> None:
+    """End those that another test has left behind: they would be handed out."""
+    guardian = shared_guardians()._shared
+    assert guardian is not None
+    for server in guardian.fork_servers.all():
+        server._wanted = 0
+        for pid in server.standby:
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(server.standby for server in guardian.fork_servers.all()), what="none that stands by")
 
 
 @pytest.fixture(params=BIRTHS)

@@ -49,7 +49,7 @@ def test_no_prompt_key_variable_or_cell_of_one_kernel_is_in_the_memory_of_anothe
         ][-1:]
         with LiveKernel() as second:
             standing = wait_for(lambda: server.standby, what="a kernel that stands by")
-            assert second.result("inspect_history", {"n": 10})["calls"] == []
+            assert second.result("inspect_history", {"n": 10})["entries"] == []
             assert second.result("list_programs")["programs"] == []
             found = {pid: found_in(pid) for pid in (server.pid, second.pid, *standing)}
             assert not set().union(*found.values()), found
