@@ -26,6 +26,7 @@ from dspex_kernels.cli.call import parse_arguments
 from dspex_kernels.cli.install import kernel_spec
 from dspex_kernels.config import ProviderLimits
 from dspex_kernels.protocol import limits
+from dspex_kernels.provisioning.fork_provisioner import ForkServerProvisioner
 from dspex_kernels.sessions.model import SessionRecord
 from dspex_kernels.sessions.pool import KernelPool
 from dspex_kernels.sessions.secrets import Vault
@@ -419,6 +420,7 @@ class TestTheReadme:
             for cls in (SessionService, KernelPool, LMPolicy, ProviderLimits)
             for name in cls.class_own_traits(config=True)
         ]
+        traits += [f"ForkServerProvisioner.{name}" for name in ForkServerProvisioner.class_trait_names(config=True)]
         assert sorted(table) == sorted(traits)
 
     def test_it_names_every_subcommand(self):

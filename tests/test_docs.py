@@ -16,10 +16,11 @@ from packaging.requirements import Requirement
 from dspex_kernels import LMPolicy, SessionService, config
 from dspex_kernels.kernel.notebook.magics import VERBS
 from dspex_kernels.protocol.commands import PUBLIC
+from dspex_kernels.provisioning.fork_provisioner import ForkServerProvisioner
 from dspex_kernels.sessions.pool import KernelPool
 from dspex_kernels.sessions.secrets import CRYPT_KEY_VARIABLE
 
-CONFIGURABLES = (SessionService, KernelPool, LMPolicy, config.ProviderLimits)
+CONFIGURABLES = (SessionService, KernelPool, LMPolicy, config.ProviderLimits, ForkServerProvisioner)
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI = ROOT / ".ci" / "run"
@@ -58,8 +59,8 @@ def test_the_readme_names_every_command_of_the_table_and_no_other():
 
 def test_the_readme_names_every_variable_that_a_kernel_reads_and_no_other():
     variables = [value for name, value in vars(config).items() if name.startswith("ENV_")]
-    of_the_service = {CRYPT_KEY_VARIABLE, "DSPEX_TRACE_CONTENT=1"}
-    assert set(re.findall(r"`(DSPEX_[A-Z_]+(?:=1)?)`", README)) == {*variables} | of_the_service
+    of_the_service = {CRYPT_KEY_VARIABLE, "DSPEX_TRACE_CONTENT"}
+    assert set(re.findall(r"`(DSPEX_[A-Z_]+)(?:=[01])?`", README)) == {*variables} | of_the_service
 
 
 def test_the_readmes_settings_have_the_defaults_that_there_are():

@@ -35,7 +35,11 @@ def kernel_spec(*, python: str, display_name: str = DISPLAY_NAME) -> dict[str, A
         "interrupt_mode": "signal",
         "kernel_protocol_version": "5.5",
         "env": {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},
-        "metadata": {"debugger": True, "supported_encryption": ["curve"]},
+        "metadata": {
+            "debugger": True,
+            "supported_encryption": ["curve"],
+            "kernel_provisioner": {"provisioner_name": "dspex-forkserver"},
+        },
     }
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -232,10 +231,11 @@ class DSPexKernelApp(IPKernelApp):
         if self.road is not None:
             self.road.close()
         if self._heart is not None:
-            heart, thread = self._heart, self.control_thread
-            # A stream is its own thread's, which ends with what was asked of it before.
-            close = partial(thread.io_loop.add_callback, heart.close) if thread.is_alive() else heart.close
-            close()
+            # Only when its thread has ended: a stream is its thread's, and that may be ending just now.
+            if self.control_thread.is_alive():
+                self.control_thread.stop()
+                self.control_thread.join()
+            self._heart.socket.close()
         super().close()
 
     def init_kernel(self) -> None:

@@ -37,6 +37,7 @@ class ForkServerProvisioner(GuardedProvisioner):
     """
 
     enabled = Bool(
+        True,
         help="Whether kernels are forked; else each is started anew. Default: yes, unless the environment has "
         f"{config.ENV_FORK}=0."
     ).tag(config=True)

@@ -185,13 +185,13 @@ def test_a_forked_kernel_leaves_no_descriptor_in_the_guardian_and_none_here(fork
             for pid in (forks.guardian.pid, forks.server.pid, os.getpid())
         ]
 
-    before = descriptors()
+    before = wait_for(descriptors)
     kernels = [forks.run(WAIT) for _ in range(5)]
-    assert descriptors() == before
+    wait_for(lambda: descriptors() == before, what="no more descriptors")
     for kernel in kernels:
         kernel.send_signal(signal.SIGKILL)
         assert kernel.ended.result(60) == -signal.SIGKILL
-    assert descriptors() == before
+    wait_for(lambda: descriptors() == before, what="no more descriptors")
     assert guardian_process.children(forks.server.pid) == []
 
 

@@ -210,7 +210,7 @@ def test_the_files_of_a_kernel_are_recorded_with_what_the_service_adds(tmp_path)
         (directory,) = services()
         ((_, record),) = guardian_process.read_records(str(directory))
         file = os.path.realpath(manager.connection_file)
-        sockets = [f"{manager.ip}-{port}" for port in manager.ports]
+        sockets = [f"{manager.ip}-{name}" for name in (*manager.ports, "dspex")]
         assert sorted(record["paths"]) == sorted([file, str(tmp_path / "link"), *sockets])
         await manager.shutdown_kernel(now=True)
 

@@ -22,7 +22,8 @@ def main(connection_file: str) -> None:
     poller = zmq.Poller()
     for channel in ("shell", "control"):
         socket = context.socket(zmq.ROUTER)
-        socket.bind(f"tcp://{info['ip']}:{info[f'{channel}_port']}")
+        separator = "-" if info["transport"] == "ipc" else ":"
+        socket.bind(f"{info['transport']}://{info['ip']}{separator}{info[f'{channel}_port']}")
         poller.register(socket, zmq.POLLIN)
     while True:
         for socket, _ in poller.poll():
