@@ -49,6 +49,10 @@ MAX_AGE_DAYS = 30
 """Days after which the directory of a notebook's kernel that ended without a shutdown is removed."""
 
 
+END_TIMEOUT = 5.0
+"""Seconds for the control thread to end: it answers its last message."""
+
+
 class DSPexKernelApp(IPKernelApp):
     """``python -m dspex_kernels.kernel -f CONNECTION_FILE``: stock options and behaviour, and commands.
 
@@ -231,12 +235,21 @@ class DSPexKernelApp(IPKernelApp):
         if self.road is not None:
             self.road.close()
         if self._heart is not None:
-            # Only when its thread has ended: a stream is its thread's, and that may be ending just now.
-            if self.control_thread.is_alive():
-                self.control_thread.stop()
-                self.control_thread.join()
-            self._heart.socket.close()
+            self._end_control()
+            self._heart.socket.close()  # a stream is its thread's, which has ended
         super().close()
+
+    def start(self) -> None:
+        """Be the kernel until it is shut down."""
+        super().start()
+        # Before iopub ends, which is at exit: what control answered last flushes the output, and would wait for
+        # iopub for ten seconds.
+        self._end_control()
+
+    def _end_control(self) -> None:
+        if self.control_thread.is_alive():
+            self.control_thread.stop()
+            self.control_thread.join(END_TIMEOUT)
 
     def init_kernel(self) -> None:
         """Called once the sockets are bound: build the dispatcher, and make the kernel that is built its own."""

@@ -39,7 +39,7 @@ class ForkServerProvisioner(GuardedProvisioner):
     enabled = Bool(
         True,
         help="Whether kernels are forked; else each is started anew. Default: yes, unless the environment has "
-        f"{config.ENV_FORK}=0."
+        f"{config.ENV_FORK}=0.",
     ).tag(config=True)
     standby = Integer(2, min=0, help="Kernels that stand by once one was started: the next are there at once.").tag(
         config=True
