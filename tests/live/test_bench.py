@@ -55,16 +55,10 @@ def measured(tmp_path: Any, *names: str) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in data["measurements"]}
 
 
+@pytest.mark.stress  # half a minute each
 @pytest.mark.timeout(LONGEST)
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("starts",),
-        *(
-            pytest.param(names, marks=pytest.mark.stress)  # half a minute each
-            for names in (("memory",), ("round_trip", "throughput"), ("backends", "refill"), ("crowd",))
-        ),
-    ],
+    "names", [("starts",), ("memory",), ("round_trip", "throughput"), ("backends", "refill"), ("crowd",)]
 )
 def test_a_quick_run_tells_what_it_measured(tmp_path, names):
     for name, measurement in measured(tmp_path, *names).items():

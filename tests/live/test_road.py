@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import zmq
 from jupyter_client.session import Session
-from traitlets.config import Config
 
 from dspex_kernels import SessionService, connect_kernel, errors
 from dspex_kernels.protocol.envelopes import Envelopes
@@ -213,9 +212,7 @@ def test_over_ipc_nothing_of_it_is_left(tmp_path: Path, end: str) -> None:
 
     async def work() -> None:
         service = SessionService(
-            data_dir=str(tmp_path / "data"),
-            store_url=f"sqlite:///{tmp_path / 'store.sqlite'}",
-            config=Config({"KernelManager": {"transport": "ipc"}}),
+            data_dir=str(tmp_path / "data"), store_url=f"sqlite:///{tmp_path / 'store.sqlite'}"
         )
         async with service, service.session(lm={"model": "offline/echo"}) as session:
             await session.create_program("qa", "question -> answer")
@@ -226,18 +223,21 @@ def test_over_ipc_nothing_of_it_is_left(tmp_path: Path, end: str) -> None:
                 assert (await direct.program("qa").acall(question="?")).answer
             socket = Path(endpoint.removeprefix("ipc://"))
             assert socket.is_socket()
-            assert socket.parent == Path(file).parent
+            assert socket.parent.stat().st_mode & 0o777 == 0o700
             if end == "killed":
                 os.kill((await session.info())["kernel_pid"], signal.SIGKILL)
             else:
                 await session.destroy()
             await wait_until(lambda: not socket.exists(), what="the socket to be removed")
+        assert not socket.parent.exists()
 
     run(work())
 
 
 def test_over_ipc_a_kernel_whose_starter_would_not_remove_it_has_none() -> None:
-    with LiveKernel(transport="ipc") as kernel:
+    stock = LiveKernel(transport="ipc")
+    del stock.manager.kernel_spec.metadata["kernel_provisioner"]
+    with stock as kernel:
         info = kernel.reply(kernel.send_raw({}, msg_type="kernel_info_request"))
         assert "endpoint" not in info["dspex"]
         assert kernel.result("list_programs")["count"] == 0
