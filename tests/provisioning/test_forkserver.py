@@ -185,13 +185,16 @@ def test_a_forked_kernel_leaves_no_descriptor_in_the_guardian_and_none_here(fork
             for pid in (forks.guardian.pid, forks.server.pid, os.getpid())
         ]
 
-    before = wait_for(descriptors)
+    def no_more():
+        return all(now <= was for now, was in zip(descriptors(), before, strict=True))
+
+    before = descriptors()
     kernels = [forks.run(WAIT) for _ in range(5)]
-    wait_for(lambda: descriptors() == before, what="no more descriptors")
+    wait_for(no_more, what="no more descriptors")
     for kernel in kernels:
         kernel.send_signal(signal.SIGKILL)
         assert kernel.ended.result(60) == -signal.SIGKILL
-    wait_for(lambda: descriptors() == before, what="no more descriptors")
+    wait_for(no_more, what="no more descriptors")
     assert guardian_process.children(forks.server.pid) == []
 
 
