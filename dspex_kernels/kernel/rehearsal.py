@@ -144,15 +144,15 @@ def _write_journal() -> None:
 class Visitor(threading.Thread):
     """Asks the kernel of a connection file in a thread of the kernel's own process, and shuts it down.
 
-    Args:
-        directory: Where the connection file is made; short, for the sockets are beside it.
+    The connection file is made in the current directory, and the sockets beside it, by relative paths: an absolute
+    one may be too long for them.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self) -> None:
         super().__init__(name="dspex-visitor", daemon=True)
-        self.connection_file = str(directory / "k.json")
+        self.connection_file = str(Path("k.json").absolute())
         self._session = Session(key=b"rehearsal")
-        self._ip = str(directory / "k")
+        self._ip = "k"
         ports = dict(
             zip(("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port"), range(1, 6), strict=True)
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Template:
         from dspex_kernels.kernel.rehearsal import Visitor
 
         os.environ.pop("DSPEX_LEAN", None)
-        visitor = Visitor(Path.cwd())
+        visitor = Visitor()
         self.serve(visitor.connection_file, visitor.start)
         visitor.join()
 

@@ -92,9 +92,13 @@ class Origin:
         flags = "".join(flag[1:] for flag in self.interpreter[1:] if not flag.startswith("-X"))
         return not ({"P", "I"} & set(flags) or dict(self.environment).get("PYTHONSAFEPATH"))
 
-    def command(self) -> list[str]:
-        """The fork server's. It never finds modules in its directory: that is no kernel's."""
-        return [*self.interpreter, "-P", "-m", FORK_SERVER, f"{self.module}.template", ROOM]
+    def command(self, directory: Path) -> list[str]:
+        """The fork server's. It never finds modules in its directory: that is no kernel's.
+
+        Args:
+            directory: Its service's.
+        """
+        return [*self.interpreter, "-P", "-m", FORK_SERVER, f"{self.module}.template", str(directory), ROOM]
 
 
 def _are_flags(words: Sequence[str]) -> bool:
@@ -215,7 +219,7 @@ class ForkServer:
         self._process = ready
         path = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
         launching = self._guardian.launch(
-            self._origin.command(),
+            self._origin.command(self._guardian.directory),
             env={**path, **dict(self._origin.environment)},
             cwd="/",
             stdout=subprocess.DEVNULL,

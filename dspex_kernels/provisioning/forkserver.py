@@ -1,7 +1,8 @@
 """The fork server: a warm process that has built a kernel, and forks one that is ready in milliseconds.
 
-``PYTHON [flags] -m dspex_kernels.provisioning.forkserver MODULE.template``, launched by the guardian, whose socket
-is its stdin. It knows nothing about kernels: that module has a function ``build`` that makes a ``Template``.
+``PYTHON [flags] -m dspex_kernels.provisioning.forkserver MODULE.template DIRECTORY``, launched by the guardian,
+whose socket is its stdin. It knows nothing about kernels: that module has a function ``build`` that makes a ``Template``.
+The directory is its service's, for what it would leave behind, were it killed.
 
 Theory of operation. A fork copies one thread and no kernel object: a lock that another thread holds stays locked, a
 ZMQ context or event loop shares its descriptors with the parent's, an open connection carries two processes'
@@ -13,7 +14,8 @@ guardian's child (``guardian`` tells why): it is reaped there, and outlives this
 
 What a child changes in memory is copied, page by page, so the garbage collector is off and all objects are frozen
 before: a collection in one child would copy the whole heap (53 MiB instead of 13, measured). And since what a child
-imports is its own, a throw-away child lives a short life first: what it imported is imported here.
+imports is its own, a throw-away child lives a short life, the *rehearsal*: what it imported is imported here. The
+first kernel does not wait for that, for somebody waits for it since this process was started.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ class Template(Protocol):
     """Files that were read for it: when one changes, it is out of date."""
 
     def rehearse(self) -> None:
-        """Live a short life. Called once, in a throw-away child in a directory of its own, after ``park``."""
+        """Live a short life. Called once, after ``park``, in a throw-away child whose directory is its own.
+
+        That directory's path may be too long for a socket: relative ones are not.
+        """
 
     def park(self) -> None:
         """Do what can be done before it is known whose kernel it will be. Called in each child."""
@@ -78,21 +83,28 @@ class ForkServer:
         connection: To the guardian.
         template: What they are.
         program: The file that a plainly started kernel runs: its ``sys.argv[0]``.
+        directory: For the rehearsal.
     """
 
-    def __init__(self, connection: socket.socket, template: Template, program: str) -> None:
+    def __init__(self, connection: socket.socket, template: Template, program: str, directory: str) -> None:
         self._connection = connection
         self._template = template
         self._program = program
+        self._directory = directory
 
     def serve(self) -> None:
         """Fork whenever the guardian asks, until it is gone."""
+        is_rehearsed = False
         while True:
             request, descriptors, _, _ = socket.recv_fds(self._connection, guardian.MESSAGE_BYTES, 1)
             if not request:
                 return
             with socket.socket(fileno=descriptors[0]) as channel:
                 self._fork(channel, guardian_pid=int(request))
+            if not is_rehearsed:
+                is_rehearsed = True
+                learn(self._template, self._directory)
+                freeze()
 
     def _fork(self, channel: socket.socket, guardian_pid: int) -> None:
         try:
@@ -269,23 +281,27 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def learn(template: Template) -> list[str]:
-    """Import what a kernel imports in its life. The modules' names.
+def freeze() -> None:
+    """Keep a child's garbage collector from all objects that there are: it would write to each, and so copy it."""
+    gc.collect()
+    gc.freeze()
 
-    Raises:
-        RuntimeError: The throw-away child broke, so no kernel would do better.
-    """
+
+def learn(template: Template, directory: str) -> list[str]:
+    """Import what a kernel imports in its life. The modules' names; none where the throw-away child broke."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        _rehearse(template, writer)
+        _rehearse(template, directory, writer)
     os.close(writer)
     with open(reader, "rb") as file:  # noqa: PTH123  # a descriptor
         text = file.read()
     _, status = os.waitpid(pid, 0)
     if status != 0:
-        raise RuntimeError(f"the rehearsal ended with code {os.waitstatus_to_exitcode(status)}; its log says why")
+        code = os.waitstatus_to_exitcode(status)
+        _log.warning("the rehearsal ended with code %s: kernels import some things themselves", code)
+        return []
     return [name for name in json.loads(text) if _is_imported(name)]
 
 
@@ -297,12 +313,12 @@ def _is_imported(name: str) -> bool:
     return True
 
 
-def _rehearse(template: Template, writer: int) -> NoReturn:
+def _rehearse(template: Template, directory: str, writer: int) -> NoReturn:
     """Live a short life in a throw-away child, and write the names of what it imported."""
     code = FAILED
     try:
         signal.alarm(REHEARSAL_TIMEOUT)
-        with _own_directory():
+        with _own_directory(directory):
             before = set(sys.modules)
             template.park()
             template.rehearse()
@@ -317,9 +333,9 @@ def _rehearse(template: Template, writer: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _own_directory() -> Iterator[None]:
+def _own_directory(parent: str) -> Iterator[None]:
     """A directory for a rehearsal, and nothing of the user's."""
-    with tempfile.TemporaryDirectory(prefix="dspex-") as directory:
+    with tempfile.TemporaryDirectory(prefix=guardian.REHEARSAL_PREFIX, dir=parent) as directory:
         os.chdir(directory)
         names = ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
         os.environ.update(dict.fromkeys(names, directory))
@@ -332,13 +348,12 @@ def _own_directory() -> Iterator[None]:
 def build(name: str) -> tuple[Template, str]:
     """A module's template, ready to be forked, and the file that ``python -m`` runs of its package."""
     template: Template = importlib.import_module(name).build()
-    learn(template)
     package = name.rpartition(".")[0]
     found = importlib.util.find_spec(f"{package}.__main__")
     return template, (found.origin if found is not None else None) or package
 
 
-def main(name: str) -> None:
+def main(name: str, directory: str) -> None:
     """Serve the guardian with a module's template. Called in the fork server's own process."""
     connection = socket.socket(fileno=os.dup(0))
     with Path(os.devnull).open("rb") as nothing:
@@ -352,10 +367,9 @@ def main(name: str) -> None:
         why = f"{type(failure).__name__}: {failure}"
         connection.send(json.dumps({"refused": why}).encode())
         return
-    gc.collect()
-    gc.freeze()
+    freeze()
     connection.send(json.dumps({"sources": [*template.sources, *_package_directories()]}).encode())
-    ForkServer(connection, template, program).serve()
+    ForkServer(connection, template, program, directory).serve()
 
 
 def _package_directories() -> list[str]:
@@ -364,4 +378,4 @@ def _package_directories() -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

@@ -61,6 +61,8 @@ MESSAGE_BYTES = 1 << 16
 LOCK_NAME = "lock"
 RECORD_SUFFIX = ".json"
 PART_SUFFIX = ".part"
+REHEARSAL_PREFIX = "rehearsal-"
+"""Of a directory that a fork server uses for a moment."""
 END_TIMEOUT = 10.0
 """Seconds after which the guardian gives up on a process that cannot be killed (waiting for a dead disk)."""
 GONE_TIMEOUT = 1.0
@@ -458,7 +460,7 @@ class Guardian:
 
     def _forget(self, key: str) -> None:
         """Drop a launch's paths; its record goes when its process has ended."""
-        if self._find(key) is not None:
+        if self._find(key) is not None and key in self._records:  # else it was announced, and never ours
             self._rewrite(key, {**self._records[key], "paths": []})
         elif self._records.pop(key, None) is not None:
             remove(record_path(self._directory, key))
@@ -643,6 +645,10 @@ def bury(directory: str) -> None:
     for name in os.listdir(directory):
         if name.endswith(PART_SUFFIX):  # it could not be written whole: its program was never let go
             remove(f"{directory}/{name}")
+        if name.startswith(REHEARSAL_PREFIX):
+            import shutil  # hardly ever: where a fork server was killed just then
+
+            shutil.rmtree(f"{directory}/{name}", ignore_errors=True)
     remove(f"{directory}/{LOCK_NAME}")
     try:
         os.rmdir(directory)

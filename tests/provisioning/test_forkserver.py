@@ -173,7 +173,13 @@ def test_numpys_generator_is_each_kernels_own_where_numpy_is_there(guardian, tmp
 
 
 def test_what_a_kernel_imports_in_its_life_is_there_before_it_is_forked(forks):
+    forks.run("ready()").ended.result(60)  # the first one does not wait for the rehearsal
     assert forks.output("import sys; print('colorsys' in sys.modules)").strip() == "True"
+
+
+def test_a_rehearsal_that_fails_costs_nobody_a_kernel(guardian, tmp_path):
+    forks = Forks(guardian, tmp_path, LC_REHEARSAL="1 / 0")
+    assert [forks.output("print('there')").strip() for _ in range(2)] == ["there", "there"]
 
 
 def test_a_forked_kernel_leaves_no_descriptor_in_the_guardian_and_none_here(forks):
