@@ -1,8 +1,8 @@
 """The fork server: a warm process that has built a kernel, and forks one that is ready in milliseconds.
 
 ``PYTHON [flags] -m dspex_kernels.provisioning.forkserver MODULE.template DIRECTORY``, launched by the guardian,
-whose socket is its stdin. It knows nothing about kernels: that module has a function ``build`` that makes a ``Template``.
-The directory is its service's, for what it would leave behind, were it killed.
+whose socket is its stdin. It knows nothing about kernels: that module has a function ``build`` that makes a
+``Template``. The directory is its service's, for what it would leave behind, were it killed.
 
 Theory of operation. A fork copies one thread and no kernel object: a lock that another thread holds stays locked, a
 ZMQ context or event loop shares its descriptors with the parent's, an open connection carries two processes'

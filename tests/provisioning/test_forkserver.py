@@ -115,9 +115,9 @@ def test_a_forked_kernel_has_its_own_environment_directory_arguments_and_streams
     (tmp_path / "beside.py").write_text("WORD = 'imported'")
     (tmp_path / "input").write_text("read")
     code = """
-import beside, os, sys
+import beside, os, subprocess, sys
 print(sorted(os.environ), ascii(os.environ["A"]), os.getcwd(), os.path.basename(sys.argv[0]), sys.argv[1])
-print(beside.WORD, sys.stdin.read(), ascii(os.popen("printf %s $A").buffer.read()))
+print(beside.WORD, sys.stdin.read(), subprocess.check_output("printf %s $A", shell=True))
 """
     env = {"A": "ä\udcff", "PATH": os.environ["PATH"], leaks.RUN_VARIABLE: os.environ[leaks.RUN_VARIABLE]}
     with (tmp_path / "input").open() as file:
