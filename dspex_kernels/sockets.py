@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -21,6 +22,9 @@ _MORE, _LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
 _log = logs.get_logger(__name__)
 
 
+_numbers = itertools.count()
+
+
 class LoopSocket:
     """Sends without waiting, and has each message taken as it comes.
 
@@ -36,6 +40,7 @@ class LoopSocket:
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._writable: asyncio.Event | None = None
+        self._monitor: LoopSocket | None = None
         # A socket is one thread's, but a kernel that ends closes it while its loop may be stuck.
         self._lock = threading.Lock()
         self._descriptor = cast(int, socket.getsockopt(zmq.FD))
@@ -65,6 +70,18 @@ class LoopSocket:
         self._loop.call_soon(self._read)
         await self._writable.wait()
 
+    def when_disconnected(self, call: Callable[[], Any]) -> None:
+        """Have ``call`` called, on the loop, when the peer has gone. That costs some descriptors.
+
+        ``ZMQ_IMMEDIATE`` would tell by refusing what is sent, but ends the process: a peer that goes takes the rest
+        of a message along that is just being read (libzmq aborts: "Assertion failed: !_more (src/fq.cpp)").
+        """
+        address = f"inproc://disconnected-{next(_numbers)}"
+        self._socket.monitor(address, zmq.EVENT_DISCONNECTED)
+        events = cast("zmq.Socket[bytes]", self._socket.context.socket(zmq.PAIR, socket_class=zmq.Socket))
+        events.connect(address)
+        self._monitor = LoopSocket(events, lambda _: call())
+
     def close(self, *, linger: int) -> None:
         """Close the socket; nothing is taken after that. From any thread, and a second time.
 
@@ -79,6 +96,8 @@ class LoopSocket:
                 if asyncio.get_running_loop() is self._loop:
                     self._loop.remove_reader(self._descriptor)
             self._socket.close(linger=linger)
+        if self._monitor is not None:
+            self._monitor.close(linger=0)
 
     def _read(self) -> None:
         for _ in range(BURST):

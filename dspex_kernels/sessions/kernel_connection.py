@@ -7,9 +7,10 @@ one client hang past their timeouts (jupyter_client#429); it also brings a ZMQ c
 each kernel.
 
 Commands travel on shell, which every kernel has, or on the kernel's own channel, the road (``kernel.road``), once
-``identify`` has been told where that is and has been answered there. A road that nobody is at any more (the kernel
-was restarted, its port is another now) takes no message, and shell takes it instead. As long as a call on shell
-waits, those that follow go there too: a kernel takes in one channel's commands in their order, not those of two.
+``identify`` has been told where that is and has been answered there. Where a kernel may be restarted, and its own
+channel's port is another one then, the road is given up when nobody is at its end any more, and shell takes the
+commands until it is found anew. As long as a call on shell waits, those that follow go there too: a kernel takes in
+one channel's commands in their order, not those of two.
 
 Not done: a heartbeat. Whoever starts a kernel watches its process, and says so here with ``fail_all``.
 """
@@ -93,6 +94,8 @@ class KernelConnection:
         on_reply: Takes each ``dspex_reply`` that comes in, in their order and before its caller does, those whose
             caller left too; None is nobody.
         on_late: Told of each reply whose caller had left; None is nobody.
+        may_restart: Whether the kernel may come back with this connection file after its end; else its owner says
+            that it has died (``fail_all``).
     """
 
     def __init__(
@@ -105,7 +108,9 @@ class KernelConnection:
         grace: float = REPLY_GRACE,
         on_reply: ReplyListener | None = None,
         on_late: Callable[[], None] | None = None,
+        may_restart: bool = True,
     ) -> None:
+        self._may_restart = may_restart
         self._info = dict(connection_info)
         self.name = name or _address(self._info, "shell")
         self.strays = 0
@@ -124,8 +129,6 @@ class KernelConnection:
         """Calls that wait there."""
         self._road: str | None = None
         """Where the kernel's own channel is; None where it is not used."""
-        self._looking = False
-        """Whether the kernel is being asked where its own channel is now."""
         self._waiting: dict[str, _Waiting] = {}
         self._abandoned: dict[str, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -381,8 +384,6 @@ class KernelConnection:
         socket: zmq.Socket[bytes] = self._context.socket(kind, socket_class=zmq.Socket)  # type: ignore[assignment,arg-type]  # not its own class
         socket.sndhwm = 0  # no more wait than ``max_pending`` allows
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        # What nobody takes on the road takes shell; there it waits for a kernel that is not there yet.
-        socket.immediate = name == "road"
         public, secret = self._info.get("curve_publickey"), self._info.get("curve_secretkey")
         if public and secret:
             # A kernel knows one key pair only: clients use the kernel's own (jupyter_client 8.9, CurveZMQ).
@@ -410,22 +411,27 @@ class KernelConnection:
 
     def _went_by_road(self, frames: list[bytes]) -> bool:
         """Send a command on the kernel's own channel; False where shell is to take it."""
-        if self._road is None or self._on_shell:
-            return False
-        if self._channels["road"].send(frames):
-            return True
-        if not self._looking:  # most likely the kernel was restarted
+        return self._road is not None and not self._on_shell and self._channels["road"].send(frames)
+
+    def _use_road(self, address: str, channel: LoopSocket) -> None:
+        self._road, self._channels["road"] = address, channel
+        if self._may_restart:
+            channel.when_disconnected(lambda: self._leave_road(channel))
+
+    def _leave_road(self, channel: LoopSocket) -> None:
+        """Nobody is there any more: what was on its way is lost."""
+        if self._channels.get("road") is not channel:
+            return
+        self._road = None
+        self._channels.pop("road").close(linger=0)
+        if self._failure is None:
             self._spawn(self._look_for_road())
-        return False
 
     async def _look_for_road(self) -> None:
-        self._looking = True
         try:
             await self.identify()
         except errors.DSPexError as failure:
             _log.debug("kernel %s: its own channel is gone: %s", self.name, failure)
-        finally:
-            self._looking = False
 
     def _road_beside(self) -> str | None:
         """Where the kernel's own channel is known to be before the kernel tells: over ipc, beside the others."""
@@ -442,7 +448,7 @@ class KernelConnection:
         try:
             info = await self._answer(channel, "kernel_info_request", {})
             if info is not None and self._road is None and self._failure is None:
-                self._road, self._channels["road"] = address, channel
+                self._use_road(address, channel)
             return info
         finally:
             if self._channels.get("road") is not channel:
@@ -461,8 +467,8 @@ class KernelConnection:
         unused: LoopSocket | None = channel
         try:
             if await self._is_of(channel, about) and address != self._road and self._failure is None:
-                unused, self._road = self._channels.get("road"), address
-                self._channels["road"] = channel
+                unused = self._channels.pop("road", None)
+                self._use_road(address, channel)
         finally:
             if unused is not None:
                 unused.close(linger=0)

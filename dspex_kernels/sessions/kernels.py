@@ -438,6 +438,7 @@ class Kernels(LoggingConfigurable):
             name=kernel.kernel_id,
             on_reply=on_reply,
             max_pending=max_pending,
+            may_restart=False,
             on_late=lambda: self._listeners.tell(ReplyLate(backend=kernel.backend, kernel_id=kernel.kernel_id)),
         )
         await kernel._connection.open()

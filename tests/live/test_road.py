@@ -198,7 +198,7 @@ def test_a_restarted_kernel_is_found_again_by_a_client_that_stayed() -> None:
                 await link.request("list_programs")
                 await asyncio.to_thread(kernel.restart)
                 assert (await link.request("list_programs"))["count"] == 0
-                await wait_until(lambda: link._road is not None and not link._looking, what="the new road")
+                await wait_until(lambda: link._road not in (None, before["endpoint"]), what="the new road")
                 after = await link.identify()
                 assert before["endpoint"].startswith("tcp://")
                 assert link._road == after["endpoint"]
