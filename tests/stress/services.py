@@ -79,6 +79,11 @@ def memory_of(pid: int | str) -> int:
     return 1024 * sum(int(line.split()[1]) for line in told.splitlines() if line.startswith("Private_"))
 
 
+def resident_of(pid: int | str) -> int:
+    """Bytes of memory that a process has at all, those that it shares with others too."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def own_memory() -> int:
     """The same of this process, of what is still in use."""
     gc.collect()

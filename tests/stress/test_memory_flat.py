@@ -15,7 +15,15 @@ import pytest
 from dspex_kernels import SessionService
 from dspex_kernels.sessions.service import ServiceSession
 from tests.stress import figures
-from tests.stress.services import descriptors_of, memory_of, own_memory, pids_of_pool, side_by_side, started
+from tests.stress.services import (
+    descriptors_of,
+    memory_of,
+    own_memory,
+    pids_of_pool,
+    resident_of,
+    side_by_side,
+    started,
+)
 from tests.waiting import wait_until
 
 WARM_UP = 10_000
@@ -47,18 +55,29 @@ class Weight:
 
     service: int
     kernels: dict[int, int]
+    private: dict[int, int]
     descriptors: dict[int, int]
 
     @classmethod
     def of(cls, pids: list[int]) -> Weight:
         descriptors = {pid: descriptors_of(pid) for pid in (os.getpid(), *pids)}
-        return cls(own_memory(), {pid: memory_of(pid) for pid in pids}, descriptors)
+        resident = {pid: resident_of(pid) for pid in pids}
+        return cls(own_memory(), resident, {pid: memory_of(pid) for pid in pids}, descriptors)
 
     def growth_since(self, before: Weight) -> dict[str, float]:
         """The service's, and that of the kernel that grew the most, as parts of what they were."""
         assert self.kernels.keys() == before.kernels.keys(), "a kernel died, or was recycled"
-        kernels = [self.kernels[pid] / before.kernels[pid] - 1 for pid in self.kernels]
-        return {"service": self.service / before.service - 1, "kernels": max(kernels)}
+
+        def most(now: dict[int, int], then: dict[int, int]) -> float:
+            return max(now[pid] / then[pid] - 1 for pid in now)
+
+        # By what is resident: a page of the fork server's that a kernel copies late, only because it counts a
+        # reference in it, was there before. How far that goes is told beside it.
+        return {
+            "service": self.service / before.service - 1,
+            "kernels": most(self.kernels, before.kernels),
+            "private": most(self.private, before.private),
+        }
 
     def more_descriptors_than(self, before: Weight) -> int:
         return max(self.descriptors[pid] - before.descriptors[pid] for pid in self.descriptors)
@@ -101,6 +120,8 @@ def check(title: str, before: Weight, after: Weight, calls_per_s: float, **more:
         kernel_mib=max(before.kernels.values()) / 2**20,
         service_growth=f"{growth['service']:.2%}",
         kernels_growth=f"{growth['kernels']:.2%}",
+        private_mib=max(before.private.values()) / 2**20,
+        private_growth=f"{growth['private']:.2%}",
         more_descriptors=after.more_descriptors_than(before),
         **more,
     )
