@@ -21,7 +21,7 @@ from dspex_kernels.provisioning.guardian_client import GuardedProcess
 from dspex_kernels.provisioning.provisioner import GuardedProvisioner
 
 FORK_TIMEOUT = 60.0
-"""Seconds for a kernel to be forked, the start of its fork server included; that takes about three."""
+"""Seconds for a kernel to be forked, the start of its fork server included; that takes about two."""
 MAX_ASSIGNMENTS = 3
 """Kernels that are tried, should one die while it stands by and before that is noticed."""
 

@@ -298,8 +298,10 @@ class ForkServer:
     def _refilled(self, forked: Future[GuardedProcess]) -> None:
         with self._lock:
             self._is_refilling = False
-            if forked.exception() is not None:
-                return  # the next one who wants a kernel is told
+            if (failure := forked.exception()) is not None:
+                # Nobody waits for it: the next one who wants a kernel is told.
+                _log.debug("no kernel of module %s was forked ahead: %s", self._origin.module, failure)
+                return
             kernel = forked.result()
             self._standby.append(kernel)
             kernel.ended.add_done_callback(lambda _: self._died(kernel))

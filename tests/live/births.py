@@ -14,7 +14,7 @@ from dspex_kernels import config
 from dspex_kernels.provisioning.fork_provisioner import ForkServerProvisioner
 from dspex_kernels.provisioning.fork_servers import ForkServer
 from dspex_kernels.provisioning.guardian_client import GuardedProcess
-from dspex_kernels.provisioning.provisioner import shared_guardians
+from dspex_kernels.provisioning.provisioner import GuardedProvisioner, shared_guardians
 from tests.live.kernels import LiveKernel
 from tests.waiting import wait_for
 
@@ -43,7 +43,7 @@ class Births:
         assert set(self.seen) <= {birth, "forked" if birth == "standby" else birth}, self.seen
 
     def _note(self, patch: pytest.MonkeyPatch) -> None:
-        take, launch = ForkServer.take, ForkServerProvisioner.__mro__[1]._launch  # type: ignore[attr-defined]  # the plain start
+        take, launch = ForkServer.take, GuardedProvisioner._launch
 
         def taken(server: ForkServer, standby: int) -> Any:
             future = take(server, standby)
@@ -56,7 +56,7 @@ class Births:
             return process
 
         patch.setattr(ForkServer, "take", taken)
-        patch.setattr(ForkServerProvisioner.__mro__[1], "_launch", launched)
+        patch.setattr(GuardedProvisioner, "_launch", launched)
 
     @staticmethod
     def _have_some_stand_by() -> None:
