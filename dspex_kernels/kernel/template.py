@@ -68,6 +68,16 @@ class Template:
         self.serve(visitor.connection_file, visitor.start)
         visitor.join()
 
+    def warm(self) -> None:
+        """Run commands once more: what was imported since has made Python forget which classes are no mappings.
+
+        Each abstract class remembers that until any is registered with another, and looks through all its
+        subclasses else, which copied 470 pages.
+        """
+        from dspex_kernels.kernel import rehearsal
+
+        rehearsal.warm()
+
     def park(self) -> None:
         """Do in a child what can be done before it is known whose kernel it will be."""
 

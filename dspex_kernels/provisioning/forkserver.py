@@ -14,8 +14,9 @@ guardian's child (``guardian`` tells why): it is reaped there, and outlives this
 
 What a child changes in memory is copied, page by page, so the garbage collector is off and all objects are frozen
 before: a collection in one child would copy the whole heap (53 MiB instead of 13, measured). And since what a child
-imports is its own, a throw-away child lives a short life, the *rehearsal*: what it imported is imported here. The
-first kernel does not wait for that, for somebody waits for it since this process was started.
+imports is its own, a throw-away child lives a short life, the *rehearsal*: what it imported is imported here, and
+the code that it ran is moved together (``pages``). The first kernel does not wait for that, for somebody waits for
+it since this process was started.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 from dspex_kernels import logs
-from dspex_kernels.provisioning import guardian
+from dspex_kernels.provisioning import guardian, pages
 
 REHEARSAL_TIMEOUT = 60
 """Seconds for the throw-away child's life; it takes about one."""
@@ -63,6 +66,9 @@ class Template(Protocol):
 
         That directory's path may be too long for a socket: relative ones are not.
         """
+
+    def warm(self) -> None:
+        """Do, and undo, what kernels do first. Called when all is imported that they will want."""
 
     def park(self) -> None:
         """Do what can be done before it is known whose kernel it will be. Called in each child."""
@@ -103,8 +109,16 @@ class ForkServer:
                 self._fork(channel, guardian_pid=int(request))
             if not is_rehearsed:
                 is_rehearsed = True
-                learn(self._template, self._directory)
-                freeze()
+                self._rehearse()
+
+    def _rehearse(self) -> None:
+        learnt = learn(self._template, self._directory)
+        for name in learnt.modules:
+            _import(name)
+        pages.gather(learnt.ran)
+        self._template.warm()
+        freeze()
+        pages.join()
 
     def _fork(self, channel: socket.socket, guardian_pid: int) -> None:
         try:
@@ -284,11 +298,25 @@ def _leave(code: int) -> NoReturn:
 def freeze() -> None:
     """Keep a child's garbage collector from all objects that there are: it would write to each, and so copy it."""
     gc.collect()
+    pages.fill_gaps()
     gc.freeze()
 
 
-def learn(template: Template, directory: str) -> list[str]:
-    """Import what a kernel imports in its life. The modules' names; none where the throw-away child broke."""
+@dataclass(frozen=True)
+class Learnt:
+    """What a kernel does in its life.
+
+    Attributes:
+        modules: The names of what it imports.
+        ran: The code that runs.
+    """
+
+    modules: list[str] = field(default_factory=list)
+    ran: set[pages.CodeKey] = field(default_factory=set)
+
+
+def learn(template: Template, directory: str) -> Learnt:
+    """See what a kernel does in its life. Nothing is learnt where the throw-away child broke."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -301,30 +329,38 @@ def learn(template: Template, directory: str) -> list[str]:
     if status != 0:
         code = os.waitstatus_to_exitcode(status)
         _log.warning("the rehearsal ended with code %s: kernels import some things themselves", code)
-        return []
-    return [name for name in json.loads(text) if _is_imported(name)]
+        return Learnt()
+    told = json.loads(text)
+    return Learnt(told["modules"], {(file, line, name) for file, line, name in told["ran"]})
 
 
-def _is_imported(name: str) -> bool:
-    try:
+def _import(name: str) -> None:
+    # A name may be made in place by its importer, or be broken: the child had it some other way.
+    with contextlib.suppress(Exception):
         importlib.import_module(name)
-    except Exception:  # noqa: BLE001  # made in place by its importer, or broken: the child had it some other way
-        return False
-    return True
 
 
 def _rehearse(template: Template, directory: str, writer: int) -> NoReturn:
-    """Live a short life in a throw-away child, and write the names of what it imported."""
+    """Live a short life in a throw-away child, and write down what it imported, and what ran."""
     code = FAILED
+    ran: set[pages.CodeKey] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            ran.add(pages.key_of(frame.f_code))
+
     try:
         signal.alarm(REHEARSAL_TIMEOUT)
         with _own_directory(directory):
             before = set(sys.modules)
+            threading.setprofile(note)
+            sys.setprofile(note)
             template.park()
             template.rehearse()
+            sys.setprofile(None)
             names = [name for name in sys.modules if name not in before and not name.startswith("__")]
         with open(writer, "wb") as file:
-            file.write(json.dumps(names).encode())
+            file.write(json.dumps({"modules": names, "ran": list(ran)}).encode())
         code = 0
     except BaseException:  # noqa: BLE001  # nothing may get back into the fork server's code
         traceback.print_exc()
