@@ -1,13 +1,15 @@
 """A short kernel's life, lived ahead: what a kernel does for the first time costs, and its forks need not pay.
 
 ``warm`` runs commands in the process that forks: modules are imported, validators built, caches filled, code is
-specialised by the interpreter. It uses no thread, and leaves none of what it made. ``Visitor`` asks a kernel that
+specialised by the interpreter. It uses no thread, and leaves none of what it made. A kernel that stands by does it
+too, and ``wire``, for then its pages are its own already. ``Visitor`` asks a kernel that
 runs, in a throw-away child, what a person and a service ask one: so a fork server learns what else is imported.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import tempfile
 import threading
@@ -19,12 +21,15 @@ from typing import Any, TypeVar
 import dspy
 import zmq
 from dspy.clients import base_lm, model_metadata
+from ipykernel.control import ControlThread
 from jupyter_client.connect import write_connection_file
 from jupyter_client.session import Session
+from zmq.eventloop.zmqstream import ZMQStream
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.dispatch import Ask, CommandThread, Dispatcher, Identity
+from dspex_kernels.kernel.iopub import CountingIOPubThread
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.namespaces import Namespace
@@ -91,6 +96,31 @@ def warm() -> None:
         del vars(dspy)["cache"]
         take_out()
         thread.loop.close()
+
+
+def wire() -> None:
+    """Make, use and close what carries a kernel's messages: a context, sockets, loops and threads."""
+    session = Session(key=b"rehearsal")
+    with zmq.Context() as context:
+        published = context.socket(zmq.XPUB)
+        published.bind("inproc://published")
+        iopub = CountingIOPubThread(published, pipe=True, session=session)
+        iopub.start()
+        session.send(iopub.background_socket, "status", {"execution_state": "busy"})
+        control = ControlThread(daemon=True)
+        with context.socket(zmq.ROUTER) as asked, context.socket(zmq.DEALER) as asking:
+            asked.bind("inproc://asked")
+            asking.connect("inproc://asked")
+            stream = ZMQStream(asked, control.io_loop)
+            stream.on_recv(stream.send_multipart)
+            control.start()
+            session.send(asking, REQUEST, {"command": "ping"})
+            asking.poll(WAIT_MS)
+            control.stop()
+            control.join()
+        iopub.stop()
+        iopub.close()
+        atexit.unregister(iopub.stop)
 
 
 class _InPlace(ThreadPoolExecutor):

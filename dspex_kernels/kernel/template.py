@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -78,8 +78,14 @@ class Template:
 
         rehearsal.warm()
 
-    def park(self) -> None:
-        """Do in a child what can be done before it is known whose kernel it will be."""
+    def park(self) -> Iterator[None]:
+        """Do in a child, and undo, what its kernel will do first: its pages are copied before somebody waits."""
+        from dspex_kernels.kernel import rehearsal
+
+        prepare()
+        for step in (rehearsal.wire, rehearsal.warm):
+            yield
+            step()
 
     def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
         """Be the kernel until it ends.

@@ -31,6 +31,7 @@ import importlib.util
 import json
 import os
 import random
+import select
 import signal
 import socket
 import sys
@@ -49,6 +50,8 @@ from dspex_kernels.provisioning import guardian, pages
 
 REHEARSAL_TIMEOUT = 60
 """Seconds for the throw-away child's life; it takes about one."""
+PATIENCE = 0.1
+"""Seconds after which a kernel that was forked and not assigned stands by: who waits for one assigns it in 2 ms."""
 FAILED = 70
 """Exit code of a kernel that broke outside what it was told to do (sysexits.h, EX_SOFTWARE)."""
 
@@ -62,7 +65,7 @@ class Template(Protocol):
     """Files that were read for it: when one changes, it is out of date."""
 
     def rehearse(self) -> None:
-        """Live a short life. Called once, after ``park``, in a throw-away child whose directory is its own.
+        """Live a short life. Called once, in a throw-away child whose directory is its own.
 
         That directory's path may be too long for a socket: relative ones are not.
         """
@@ -70,8 +73,12 @@ class Template(Protocol):
     def warm(self) -> None:
         """Do, and undo, what kernels do first. Called when all is imported that they will want."""
 
-    def park(self) -> None:
-        """Do what can be done before it is known whose kernel it will be. Called in each child."""
+    def park(self) -> Iterator[None]:
+        """Do, and undo, what a kernel does first, step by step, and leave one thread.
+
+        Called in a child that is not told at once whose kernel it is, in a directory of its own: it stands by, and
+        has time. The steps end when it is wanted.
+        """
 
     def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
         """Be the kernel until it ends. Called in the child once its environment, directory and streams are set.
@@ -141,7 +148,7 @@ class ForkServer:
             pid = os.fork()
             if pid == 0:
                 self._connection.close()
-                be_kernel(self._template, channel, guardian_pid, self._program)
+                be_kernel(self._template, channel, guardian_pid, self._program, self._directory)
             self._tell(pid=pid)
         except OSError as failure:
             os._exit(failure.errno or errno.EAGAIN)
@@ -176,7 +183,9 @@ def _descriptors() -> Iterator[tuple[int, str]]:
             yield int(path.name), str(path.readlink())
 
 
-def be_kernel(template: Template, channel: socket.socket, guardian_pid: int, program: str) -> NoReturn:
+def be_kernel(
+    template: Template, channel: socket.socket, guardian_pid: int, program: str, directory: str
+) -> NoReturn:
     """Become a kernel. Called in the forked child.
 
     Undone is what a child inherits: descriptors, signals, random state, environment, directory.
@@ -193,12 +202,26 @@ def be_kernel(template: Template, channel: socket.socket, guardian_pid: int, pro
             os._exit(1)
         reseed()
         gc.enable()
-        template.park()
+        _stand_by(template, channel, directory)
         code = _serve(template, channel, program)
     except BaseException:  # noqa: BLE001  # nothing may get back into the fork server's code
         traceback.print_exc()
     finally:
         _leave(code)
+
+
+def _stand_by(template: Template, channel: socket.socket, directory: str) -> None:
+    """Use the time in which nobody wants this kernel."""
+    if _is_wanted(channel, within=PATIENCE):
+        return
+    with _own_directory(directory):
+        for _ in template.park():
+            if _is_wanted(channel):
+                return
+
+
+def _is_wanted(channel: socket.socket, within: float = 0) -> bool:
+    return bool(select.select([channel], [], [], within)[0])
 
 
 def _serve(template: Template, channel: socket.socket, program: str) -> int:
@@ -355,7 +378,6 @@ def _rehearse(template: Template, directory: str, writer: int) -> NoReturn:
             before = set(sys.modules)
             threading.setprofile(note)
             sys.setprofile(note)
-            template.park()
             template.rehearse()
             sys.setprofile(None)
             names = [name for name in sys.modules if name not in before and not name.startswith("__")]
