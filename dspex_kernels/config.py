@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -69,7 +70,12 @@ HOST_SECRETS = (
 
 def host_secrets(names: Iterable[str]) -> list[str]:
     """Those of the variables that no kernel gets."""
-    return [name for name in names if matches(name, HOST_SECRETS)]
+    return [name for name in names if _is_host_secret(name)]
+
+
+@functools.lru_cache(1000)  # asked twice for each kernel, of the same forty names
+def _is_host_secret(name: str) -> bool:
+    return matches(name, HOST_SECRETS)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,8 +1,9 @@
 """What of a living session reaches the store: what changed in it, what it spent, and when it was last used.
 
-A dedicated kernel journals its changes before it replies; the journal's new part is folded into the store before
-the caller is answered. A pooled kernel's replies carry the changes, which are in the store before the caller is
-answered. What was spent is written within a second, in both.
+A dedicated kernel journals its changes before it replies: they are durable, and the service knows them before the
+caller is answered; the store has them soon after, and whoever opens the session next reads the journal first. A
+pooled kernel's replies carry the changes, which are in the store before the caller is answered. What was spent is
+written within a second, in both.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Keeper:
             self._queue(live, kept)
 
     async def settle(self, live: LiveSession, generation: int) -> None:
-        """Return when everything that a session has changed so far is in the store.
+        """Return when everything that a session has changed so far is durable, and known here.
 
         Args:
             live: Which.
@@ -101,7 +102,9 @@ class Keeper:
                 itself: what cannot be folded now is logged, and folded later.)
         """
         if live.record.directory is not None:
-            await self._tasks.finish(self.fold(live))
+            await self._tasks.finish(self._read_journal(live))
+            if live.unfolded:
+                self._tasks.spawn(self._save_unfolded(live))
             return
         if live.batches:
             await live.batches[-1].done.wait()
@@ -112,6 +115,7 @@ class Keeper:
         """Wait until nothing of a session is on its way into the store any more; what was refused has been told."""
         while live.batches:
             await live.batches[-1].done.wait()
+        await self._save_unfolded(live)
         await self.flush(live)
 
     async def flush(self, live: LiveSession) -> None:
@@ -121,19 +125,35 @@ class Keeper:
 
     async def fold(self, live: LiveSession) -> None:
         """Take the new part of a session's journal into the store. A failure is logged and not raised."""
-        path = live.directory / journal.FILE_NAME
-        async with live.folding:
+        await self._read_journal(live)
+        await self._save_unfolded(live)
+
+    async def _read_journal(self, live: LiveSession) -> None:
+        async with live.reading:
             if live.status is SessionStatus.DESTROYED:
                 return
             try:
-                data = await asyncio.to_thread(_read_if_there, path)
+                data = await asyncio.to_thread(_read_if_there, live.directory / journal.FILE_NAME)
                 new = journal.unread(data, live.record.journal_offset)
-                if new.changes:
-                    await self._store.save_changes(live.session_id, new.changes, new.offset)
-                    for change in new.changes:
-                        live.apply(change)
-                    live.note(journal_offset=new.offset)
             except (errors.DSPexError, OSError):
+                self._log.exception("session %s: its journal could not be read", live.session_id)
+                return
+            if new.changes:
+                for change in new.changes:
+                    live.apply(change)
+                live.note(journal_offset=new.offset)
+                live.unfolded += new.changes
+
+    async def _save_unfolded(self, live: LiveSession) -> None:
+        """Tell the store what the journal told; what it does not take now, it is told again with the next."""
+        async with live.folding:
+            if live.status is SessionStatus.DESTROYED or not live.unfolded:
+                return
+            unfolded, live.unfolded = live.unfolded, []
+            try:
+                await self._store.save_changes(live.session_id, unfolded, live.record.journal_offset)
+            except errors.DSPexError:
+                live.unfolded[:0] = unfolded
                 self._log.exception("session %s: its journal could not be taken into the store", live.session_id)
 
     def touch(self, live: LiveSession) -> None:

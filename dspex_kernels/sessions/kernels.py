@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import zmq.asyncio
-from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 from jupyter_client.provisioning import LocalProvisioner
@@ -107,6 +107,36 @@ class Kernel:
         """Its channels, from its launch on."""
         assert self._connection is not None
         return self._connection
+
+
+class KnownKernelSpecs(KernelSpecManager):
+    """Looks a kernelspec up once: Jupyter lists a dozen directories before each start.
+
+    A file that changes is read again, at the place where it was found.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._known: dict[str, tuple[KernelSpec, int]] = {}
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        """Called by Jupyter before each start.
+
+        Raises:
+            NoSuchKernel: There is none of that name.
+        """
+        with contextlib.suppress(KeyError, OSError):
+            known, changed_at = self._known[kernel_name]
+            if _changed_at(known) == changed_at:
+                return copy.deepcopy(known)
+        found = super().get_kernel_spec(kernel_name)
+        with contextlib.suppress(OSError):  # a kernel without a file: found again each time
+            self._known[kernel_name] = copy.deepcopy(found), _changed_at(found)
+        return found
+
+
+def _changed_at(spec: KernelSpec) -> int:
+    return (Path(spec.resource_dir) / "kernel.json").stat().st_mtime_ns
 
 
 class GuardedKernelManager(AsyncKernelManager):
@@ -229,6 +259,7 @@ class Kernels(LoggingConfigurable):
             parent=self,
             context=self._context,
             connection_dir=str(runtime_dir),
+            kernel_spec_manager=KnownKernelSpecs(parent=self),
             # Not the default, AsyncIOLoopKernelManager: that one brings the restarter.
             kernel_manager_class=f"{GuardedKernelManager.__module__}.{GuardedKernelManager.__qualname__}",
             config=self._manager_config(tenure),

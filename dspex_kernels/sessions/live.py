@@ -69,8 +69,12 @@ class LiveSession:
     lm: LMProfile | None = None
     """The LM profile that the session's journal tells, without its key."""
     opening: asyncio.Task[None] | None = None
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One reader of the journal at a time: ``record.journal_offset`` is how far it came."""
+    unfolded: list[Change] = field(default_factory=list)
+    """What was read in the journal, and the store does not hold yet."""
     folding: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One reader of the journal at a time, so that its changes reach the store in order."""
+    """One writer of that at a time, so that it reaches the store in order."""
     queued: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     """Calls that wait for the place, by ``request_id`` where they have one; ``cancel`` resolves them."""
     sealed: bool = False
@@ -132,6 +136,7 @@ class LiveSession:
     def refresh(self, record: SessionRecord) -> None:
         """Know what the store holds now: another service may have changed it."""
         self._replace(record.model_copy(update={"contents": _NOTHING}))
+        self.unfolded = []  # the journal is read again from where the store's own knowledge ends
         self.programs = dict.fromkeys(record.contents.programs)
         self.following = {}
         for versions in record.contents.programs.values():

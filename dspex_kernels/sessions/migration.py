@@ -101,8 +101,9 @@ class Migration:
         await self._keeper.settle(live, live.record.generation)
         if live.record.directory is None:
             return
+        await self._keeper.fold(live)
         unread = await asyncio.to_thread(_read_unread, live)
-        if any(not (lives and isinstance(change, Spent)) for change in unread):
+        if live.unfolded or any(not (lives and isinstance(change, Spent)) for change in unread):
             raise errors.StoreError(
                 f"session {live.session_id!r} stays where it is: the store did not take all of its journal; see "
                 "the log, and try again",
@@ -122,7 +123,7 @@ class Migration:
 
 
 def _read_unread(live: LiveSession) -> Sequence[Change]:
-    """What a session's journal tells that the store does not hold."""
+    """What a session's journal tells that was not read yet."""
     path = live.directory / journal.FILE_NAME
     return journal.unread(path.read_bytes(), live.record.journal_offset).changes if path.exists() else ()
 

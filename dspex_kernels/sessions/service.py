@@ -318,7 +318,7 @@ class SessionService(LoggingConfigurable):
             return_exceptions=True,
         )
         for live, outcome in zip(sessions, outcomes, strict=True):
-            live.held, live.spent = False, None
+            live.held, live.spent, live.unfolded = False, None, []  # the journal is the other's to read now
             if isinstance(outcome, BaseException):
                 self.log.error("session %s could not be given up", live.session_id, exc_info=outcome)
 
