@@ -16,20 +16,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dspy
 import zmq
 from dspy.clients import base_lm, model_metadata
-from ipykernel.control import ControlThread
 from jupyter_client.connect import write_connection_file
 from jupyter_client.session import Session
-from zmq.eventloop.zmqstream import ZMQStream
 
 from dspex_kernels import errors
 from dspex_kernels.config import LMPolicy
 from dspex_kernels.kernel.dispatch import Ask, CommandThread, Dispatcher, Identity
-from dspex_kernels.kernel.iopub import CountingIOPubThread
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.lms import cache, gate, history
 from dspex_kernels.kernel.namespaces import Namespace
@@ -38,6 +35,9 @@ from dspex_kernels.kernel.threads import Threads
 from dspex_kernels.protocol.commands import OpenSessionArgs
 from dspex_kernels.protocol.messages import REQUEST
 from dspex_kernels.protocol.records import SessionContents, Spent
+
+if TYPE_CHECKING:
+    from dspex_kernels.kernel.app import DSPexKernelApp
 
 T = TypeVar("T")
 
@@ -73,6 +73,8 @@ CELLS = (
     "1 / 0",
 )
 WAIT_MS = 10_000
+IP, KEY = "k", b"rehearsal"
+"""Of the kernel that rehearses. Its sockets' paths are relative: absolute ones may be too long for them."""
 
 
 def warm() -> None:
@@ -98,29 +100,25 @@ def warm() -> None:
         thread.loop.close()
 
 
-def wire() -> None:
-    """Make, use and close what carries a kernel's messages: a context, sockets, loops and threads."""
-    session = Session(key=b"rehearsal")
-    with zmq.Context() as context:
-        published = context.socket(zmq.XPUB)
-        published.bind("inproc://published")
-        iopub = CountingIOPubThread(published, pipe=True, session=session)
-        iopub.start()
-        session.send(iopub.background_socket, "status", {"execution_state": "busy"})
-        control = ControlThread(daemon=True)
-        with context.socket(zmq.ROUTER) as asked, context.socket(zmq.DEALER) as asking:
-            asked.bind("inproc://asked")
-            asking.connect("inproc://asked")
-            stream = ZMQStream(asked, control.io_loop)
-            stream.on_recv(stream.send_multipart)
-            control.start()
-            session.send(asking, REQUEST, {"command": "ping"})
-            asking.poll(WAIT_MS)
-            control.stop()
-            control.join()
-        iopub.stop()
-        iopub.close()
-        atexit.unregister(iopub.stop)
+def wire(app: DSPexKernelApp) -> None:
+    """Begin as a lean kernel does, as far as its channels, and close them again.
+
+    Args:
+        app: One that will not be the kernel. The current directory is its own.
+    """
+    app.lean = True
+    app.connection_file = _write_connection_file()
+    app.init_connection_file()
+    app.init_sockets()
+    app.init_heartbeat()
+    app.write_connection_file()
+    for thread in (app.control_thread, app.shell_channel_thread):
+        thread.start()
+    app.iopub_thread.session.send(app.iopub_socket, "status", {"execution_state": "starting"})
+    app.close()
+    app.cleanup_connection_file()
+    for at_exit in (app.close, app.iopub_thread.stop):
+        atexit.unregister(at_exit)
 
 
 class _InPlace(ThreadPoolExecutor):
@@ -171,22 +169,25 @@ def _write_journal() -> None:
         journal.close()
 
 
+def _write_connection_file() -> str:
+    """Make one in the current directory, with the sockets beside it; its path."""
+    path = str(Path("k.json").absolute())
+    channels = ("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port")
+    ports = dict(zip(channels, range(1, 6), strict=True))
+    write_connection_file(path, transport="ipc", ip=IP, key=KEY, **ports)
+    return path
+
+
 class Visitor(threading.Thread):
     """Asks the kernel of a connection file in a thread of the kernel's own process, and shuts it down.
 
-    The connection file is made in the current directory, and the sockets beside it, by relative paths: an absolute
-    one may be too long for them.
+    Both live in the current directory.
     """
 
     def __init__(self) -> None:
         super().__init__(name="dspex-visitor", daemon=True)
-        self.connection_file = str(Path("k.json").absolute())
-        self._session = Session(key=b"rehearsal")
-        self._ip = "k"
-        ports = dict(
-            zip(("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port"), range(1, 6), strict=True)
-        )
-        write_connection_file(self.connection_file, transport="ipc", ip=self._ip, key=b"rehearsal", **ports)
+        self.connection_file = _write_connection_file()
+        self._session = Session(key=KEY)
 
     def run(self) -> None:
         with zmq.Context() as context, self._connect(context, 1) as shell, self._connect(context, 5) as control:
@@ -198,7 +199,7 @@ class Visitor(threading.Thread):
     def _connect(self, context: Any, port: int) -> Any:
         socket = context.socket(zmq.DEALER)
         socket.linger = 0
-        socket.connect(f"ipc://{self._ip}-{port}")
+        socket.connect(f"ipc://{IP}-{port}")
         return socket
 
     def _visit(self, shell: Any, control: Any) -> None:

@@ -83,9 +83,10 @@ class Template:
         from dspex_kernels.kernel import rehearsal
 
         prepare()
-        for step in (rehearsal.wire, rehearsal.warm):
-            yield
-            step()
+        yield
+        rehearsal.wire(type(self._app)())
+        yield
+        rehearsal.warm()
 
     def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
         """Be the kernel until it ends.

@@ -27,8 +27,11 @@ HUGE = 2 << 20
 """Bytes of a huge page, on the machines that have them so."""
 
 SMALL_STEP, SMALL_MOST = 16, 512
-"""Sizes of what CPython's own allocator keeps, one pool for each (Objects/obmalloc.c)."""
-POOL = 16 << 10
+"""Sizes of what CPython's own allocator keeps, in pools of one size each (Objects/obmalloc.c)."""
+POOL, POOLS = 16 << 10, 8
+"""Bytes of a pool; and so many are filled at a time, until that does not take many more that had little room."""
+MOST_FILLINGS = 100
+"""Of one size: 13 MB."""
 LARGE_SIZES = (65536, 32768, 16384, 8192, 4096, 2048, *range(1040, 0, -16))
 """Sizes of which malloc keeps what was freed: below 1040 a list for each, above by ranges (malloc/malloc.c)."""
 MISSES = 8
@@ -91,10 +94,10 @@ def _fill_pools(size: int) -> None:
         make = lambda: complex(0.5, 1.0)  # noqa: E731
     else:
         make = object
-    while True:
-        filling = [make() for _ in range(POOL // size)]
+    for _ in range(MOST_FILLINGS):
+        filling = [make() for _ in range(POOLS * POOL // size)]
         _fillings.append(filling)
-        if len({id(each) // POOL for each in filling}) <= 2:  # a fresh pool, and the next one
+        if len({id(each) // POOL for each in filling}) <= POOLS + 2:  # pools have headers, and the first was begun
             return
 
 

@@ -147,7 +147,8 @@ def _live(built: Any, theirs: socket.socket) -> None:
     try:
         random.seed()
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115  # the process's own
-        built.park()
+        for _ in built.park():
+            pass
         theirs.sendall(b"parked")
         asked = json.loads(theirs.makefile().readline() or "null")
         if asked is not None:

@@ -294,7 +294,21 @@ def test_no_kernel_stands_by_before_one_was_used_and_then_they_are_handed_out(fo
     standing = forks.server.standby
     assert forks.take(2).pid == standing[0]
     wait_for(lambda: len(forks.server.standby) == 2, what="another")
-    assert forks.output("print(parked == __import__('os').getpid())").strip() == "True"
+
+
+def test_a_kernel_that_nobody_waits_for_is_parked_in_a_directory_of_its_own_and_one_that_is_wanted_is_not(
+    guardian, tmp_path
+):
+    forks = Forks(guardian, tmp_path, LC_PARKED=str(tmp_path / "parked"))
+    first = forks.output("print(parked, warmed)")
+    assert first.split() == ["0", "False"]  # it does not wait for the rehearsal
+    assert forks.output("print(parked, warmed)").split() == ["0", "True"]
+    forks.assign(forks.take(1), "ready()").result(60)
+    forks.server.refill()
+    directory = Path(wait_for(lambda: (tmp_path / "parked").exists() and (tmp_path / "parked").read_text()))
+    assert directory.parent == Path(guardian.directory)
+    wait_for(lambda: not directory.exists(), what="the directory to be removed")
+    assert forks.output("print(parked)").strip() == "2"
 
 
 def test_a_kernel_that_dies_while_it_stands_by_is_replaced_and_not_handed_out(forks):

@@ -517,15 +517,29 @@ class TestTwoServicesOnOneStore:
 
 
 class TestWhatOutlivesWhat:
-    def test_a_change_is_in_the_store_when_its_reply_is_there(self, make, tmp_path):
+    def test_a_change_is_in_the_store_when_its_reply_is_there_or_soon_where_a_journal_has_it(
+        self, make, mode, tmp_path
+    ):
         async def work() -> None:
             async with make() as service, SQLStore(service.store_url) as other:
+
+                async def holds(programs: list[str]) -> bool:
+                    return list((await other.get("s")).contents.programs) == programs
+
+                async def stored(programs: list[str]) -> None:
+                    if mode == "dedicated":
+                        async with asyncio.timeout(10):
+                            while not await holds(programs):
+                                await asyncio.sleep(0)
+                    assert await holds(programs)
+
                 session = await service.create_session(session_id="s")
                 await session.create_program("qa", "question -> answer")
-                assert list((await other.get("s")).contents.programs) == ["qa"]
                 assert (await service.get_session_info("s")).programs == ["qa"]
+                await stored(["qa"])
                 await session.delete_program("qa")
-                assert (await other.get("s")).contents.programs == {}
+                assert (await service.get_session_info("s")).programs == []
+                await stored([])
 
         run(work())
 
