@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from dspex_kernels.protocol.records import SessionContents
+from dspex_kernels.sessions.store import SessionStore
+
 T = TypeVar("T")
 
 _FIRST_PAUSE = 0.001
@@ -55,3 +58,15 @@ async def wait_until(condition: Callable[[], T], *, deadline: float = 10.0, what
 
 def _too_late(what: str, deadline: float, value: object) -> str:
     return f"waited {deadline:g} s for {what}; its last value was {value!r}"
+
+
+async def wait_until_stored(
+    store: SessionStore, session_id: str, condition: Callable[[SessionContents], bool], *, deadline: float = 10.0
+) -> SessionContents:
+    """What a store holds of a session, once that is so: a journal's changes reach it soon after their replies."""
+    end = time.monotonic() + deadline
+    while not condition(contents := (await store.get(session_id)).contents):
+        if time.monotonic() >= end:
+            raise AssertionError(_too_late("the store", deadline, contents))
+        await asyncio.sleep(_FIRST_PAUSE)
+    return contents

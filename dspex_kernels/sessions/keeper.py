@@ -136,7 +136,7 @@ class Keeper:
                 data = await asyncio.to_thread(_read_if_there, live.directory / journal.FILE_NAME)
                 new = journal.unread(data, live.record.journal_offset)
             except (errors.DSPexError, OSError):
-                self._log.exception("session %s: its journal could not be read", live.session_id)
+                self._log.exception("session %s: its journal could not be taken into the store", live.session_id)
                 return
             if new.changes:
                 for change in new.changes:

@@ -18,7 +18,7 @@ from jupyter_client.asynchronous import AsyncKernelClient
 
 from dspex_kernels import SessionService, connect_kernel, errors
 from dspex_kernels.sessions.store.sql import SQLStore
-from tests.waiting import wait_until
+from tests.waiting import wait_until, wait_until_stored
 
 SLOW = {"model": "offline/echo", "cache": False, "offline": {"latency_s": 60}}
 
@@ -112,7 +112,7 @@ def test_a_killed_kernel_is_reported_within_two_seconds_and_its_programs_come_ba
             assert (await service.get_session_info(alice.session_id)).generation == 2
             assert (await bob.ping())["pid"] == before["pid"]
             async with SQLStore(service.store_url) as store:
-                assert set((await store.get(alice.session_id)).contents.programs) == programs
+                await wait_until_stored(store, alice.session_id, lambda told: set(told.programs) == programs)
 
     run(work())
 

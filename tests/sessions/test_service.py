@@ -21,7 +21,7 @@ from dspex_kernels.sessions.backend import PlaceGone
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.sessions.memory_backend import MemoryService as Service
 from tests.sessions.memory_backend import store_that_refuses
-from tests.waiting import wait_until
+from tests.waiting import wait_until, wait_until_stored
 
 SLOW = {"model": "offline/echo", "offline": {"latency_s": 60}}
 KEY = "sk-test-4711-canary"
@@ -447,7 +447,7 @@ class TestTwoServicesOnOneStore:
                 assert await second.list_sessions() == []
                 await theirs.create_program("more", "question -> answer")
                 async with SQLStore(first.store_url) as store:
-                    assert set((await store.get("s")).contents.programs) == {"qa", "more"}
+                    await wait_until_stored(store, "s", lambda told: set(told.programs) == {"qa", "more"})
             async with make() as third:
                 programs = await third.get_session("s").list_programs()
                 assert [p["program_id"] for p in programs] == ["qa", "more"]
@@ -523,15 +523,11 @@ class TestWhatOutlivesWhat:
         async def work() -> None:
             async with make() as service, SQLStore(service.store_url) as other:
 
-                async def holds(programs: list[str]) -> bool:
-                    return list((await other.get("s")).contents.programs) == programs
-
                 async def stored(programs: list[str]) -> None:
-                    if mode == "dedicated":
-                        async with asyncio.timeout(10):
-                            while not await holds(programs):
-                                await asyncio.sleep(0)
-                    assert await holds(programs)
+                    at_most = {"dedicated": 10, "pooled": 0}[mode]
+                    await wait_until_stored(
+                        other, "s", lambda told: list(told.programs) == programs, deadline=at_most
+                    )
 
                 session = await service.create_session(session_id="s")
                 await session.create_program("qa", "question -> answer")
@@ -945,7 +941,7 @@ class TestCalls:
                     await service.get_session("s").list_programs()
                     assert (await service.get_session_info("s")).generation == generation
                     async with SQLStore(service.store_url) as store:
-                        contents = (await store.get("s")).contents
+                        contents = await wait_until_stored(store, "s", lambda told: len(told.programs["qa"]) == 3)
                     assert [record.version for record in contents.programs["qa"]] == [1, 2, 3]
                     assert contents.settings.lm.model == "openai/x"
                     assert contents.settings.budget.lm_calls == 5
