@@ -53,6 +53,7 @@ The tree::
     ├─ KernelError
     │   ├─ KernelStartFailed         kernel_start_failed
     │   ├─ KernelDied                kernel_died
+    │   ├─ KernelOutOfMemory         kernel_out_of_memory it may allocate no more: its limit is reached
     │   └─ NotADSPexKernel           not_a_dspex_kernel
     ├─ ServiceClosed                 service_closed
     ├─ StoreError                    store_error
@@ -403,6 +404,11 @@ class KernelDied(KernelError):
         super().__init__(message, details=details, retry_after=retry_after)
         # Only a command that changes nothing and reaches no LM may be sent again.
         self.retryable = retryable  # belongs to the call that was running
+
+
+class KernelOutOfMemory(KernelError):
+    code = "kernel_out_of_memory"
+    http_status = 507
 
 
 class NotADSPexKernel(KernelError):

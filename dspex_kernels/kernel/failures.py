@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import traceback
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def explain(failure: BaseException, call: Call) -> errors.DSPexError:
             return call.stopped or errors.CommandCancelled(f"{call.command} was cancelled")
         case dspy.DSPyError():
             return _provider_failure(failure, call)
+        case MemoryError() if (limit := resource.getrlimit(resource.RLIMIT_DATA)[0]) != resource.RLIM_INFINITY:
+            return errors.KernelOutOfMemory(
+                f"{call.command} needs more memory than its kernel may allocate, {limit / 2**20:,.0f} MiB: give it "
+                "less to do, restart the kernel, or raise ForkServerProvisioner.memory_limit",
+                details={"memory_limit": limit},
+            )
         case ImportError():
             return errors.DependencyMissing(
                 f"{failure}: install it where the kernel runs", details={"name": failure.name or ""}

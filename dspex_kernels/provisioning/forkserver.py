@@ -376,10 +376,10 @@ def _rehearse(template: Template, directory: str, writer: int) -> NoReturn:
         signal.alarm(REHEARSAL_TIMEOUT)
         with _own_directory(directory):
             before = set(sys.modules)
-            threading.setprofile(note)
-            sys.setprofile(note)
+            threading.settrace(note)
+            sys.settrace(note)  # not a profiler, which is called for functions in C too
             template.rehearse()
-            sys.setprofile(None)
+            sys.settrace(None)
             names = [name for name in sys.modules if name not in before and not name.startswith("__")]
         with open(writer, "wb") as file:
             file.write(json.dumps({"modules": names, "ran": list(ran)}).encode())

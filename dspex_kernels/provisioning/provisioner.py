@@ -63,7 +63,7 @@ class GuardedProvisioner(LocalProvisioner):
         0,
         min=0,
         help="Bytes that the kernel's process may allocate, and each that it starts; 0 is no limit. What goes "
-        "beyond it fails with a MemoryError.",
+        "beyond it fails with a MemoryError, and the command that ran with ``kernel_out_of_memory``.",
     ).tag(config=True)
 
     process: Any = None

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from dspex_kernels import config
+from dspex_kernels import SessionService, config
 from dspex_kernels.provisioning.fork_provisioner import ForkServerProvisioner
 from dspex_kernels.provisioning.fork_servers import ForkServer
 from dspex_kernels.provisioning.guardian_client import GuardedProcess
 from dspex_kernels.provisioning.provisioner import GuardedProvisioner, shared_guardians
 from tests.live.kernels import LiveKernel
-from tests.waiting import wait_for
+from tests.waiting import wait_for, wait_until
 
 BIRTHS = ("plain", "forked", "standby")
 
@@ -74,6 +74,19 @@ def _have_none_stand_by() -> None:
         for pid in server.standby:
             os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(server.standby for server in guardian.fork_servers.all()), what="none that stands by")
+
+
+@contextlib.contextmanager
+def born(birth: str) -> Iterator[None]:
+    """Have all kernels born so while this lasts: for a module's kernel, as ``birth`` is for a test's."""
+    with pytest.MonkeyPatch.context() as patch, Births().watched(patch, birth):
+        yield
+
+
+async def wait_for_standby(service: SessionService) -> None:
+    """Return when a kernel stands by in a service, one of whose sessions has a kernel."""
+    servers = service._kernels._guardian.fork_servers
+    await wait_until(lambda: any(server.standby for server in servers.all()), deadline=30, what="a standby kernel")
 
 
 @pytest.fixture(params=BIRTHS)

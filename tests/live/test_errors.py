@@ -225,7 +225,7 @@ def test_a_policy_refuses_models_hosts_and_variables(lm_server: LMServer) -> Non
 
 def test_the_table_covers_every_code_that_a_kernel_answers_with() -> None:
     elsewhere = {
-        "interrupted", "cancelled", "kernel_died",  # test_kernel_interrupts, test_gate, test_kernel_commands
+        "interrupted", "cancelled", "kernel_died", "kernel_out_of_memory",  # test_kernel_interrupts, test_lives
         "policy_denied",  # above
         "duplicate_request", "program_limit", "tool_changed", "not_portable", "program_failed",  # test_programs
         "dependency_missing", "internal_error", "kernel_start_failed", "not_a_dspex_kernel", "session_exists",

@@ -117,19 +117,6 @@ def test_a_malformed_request_is_answered_exactly_once(kernel: LiveKernel, conten
     assert len(kernel.replies[bad]) == 1
 
 
-def test_a_cancel_is_answered_and_ends_the_call_at_once(offline: LiveKernel) -> None:
-    _program(offline, latency_s=30)
-    call = offline.send("execute_program", _run(), request_id="slow-one")
-    offline.wait_for_state(call, "busy")
-    began = time.monotonic()
-    assert offline.result("cancel", {"request_id": "slow-one"}, control=True) == {"cancelled": True}
-    answer = offline.reply(call)
-    assert time.monotonic() - began < PROMPT + GRACE
-    assert (answer["status"], answer["error"]["code"]) == ("aborted", "cancelled")
-    assert offline.result("cancel", {"request_id": "slow-one"}, control=True) == {"cancelled": False}
-    assert len(offline.replies[call]) == 1
-
-
 def test_a_call_ends_at_its_deadline(offline: LiveKernel) -> None:
     _program(offline, latency_s=30)
     error = offline.error("execute_program", _run(), timeout_s=0.2)
@@ -154,16 +141,6 @@ def test_what_a_program_prints_goes_to_who_asked(offline: LiveKernel) -> None:
         assert offline.output(call) == text
 
 
-def test_a_shutdown_answers_what_runs() -> None:
-    with LiveKernel() as kernel:
-        _program(kernel, latency_s=30)
-        call = kernel.send("execute_program", _run())
-        kernel.wait_for_state(call, "busy")
-        kernel.client.shutdown()
-        answer = kernel.reply(call)
-    assert answer["error"]["code"] == "kernel_died"
-
-
 def test_tokens_are_streamed_as_events_and_the_reply_holds_the_whole_result(offline: LiveKernel) -> None:
     _program(offline)
     call = offline.send("execute_program", _run("stream me"), stream=True)
@@ -174,22 +151,6 @@ def test_tokens_are_streamed_as_events_and_the_reply_holds_the_whole_result(offl
     assert "".join(event["text"] for event in tokens if event["field"] == "answer") == answer
     assert len(tokens) > 1
     assert [event["sequence"] for event in events] == list(range(len(events)))
-
-
-def test_programs_are_there_again_after_a_restart_whoever_made_them() -> None:
-    with LiveKernel() as kernel:
-        kernel.result("configure", {"lm": "offline/echo", "budget": {"lm_calls": 5}})
-        kernel.result("create_program", {"id": "by_client", "signature": "question -> answer"})
-        kernel.run('%dspex create by_magic "question -> answer" --module ChainOfThought')
-        kernel.result("execute_program", {"id": "by_client", "inputs": {"question": "?"}})
-        kernel.restart()
-        programs = kernel.result("list_programs")["programs"]
-        assert [p["program_id"] for p in programs] == ["by_client", "by_magic"]
-        kernel.result("execute_program", {"id": "by_magic", "inputs": {"question": "?"}})
-        for _ in range(3):
-            kernel.result("execute_program", {"id": "by_client", "inputs": {"question": f"{_}"}})
-        error = kernel.error("execute_program", {"id": "by_client", "inputs": {"question": "one more"}})
-        assert error["code"] == "budget_exceeded"
 
 
 def test_a_stdout_of_the_notebooks_own_does_not_keep_a_command_busy() -> None:
@@ -243,13 +204,6 @@ def test_an_adapter_that_needs_a_language_model_uses_the_one_configured_before_o
         kernel.result("configure", {"adapter": "json"})
         kernel.result("configure", {"adapter": "two_step"})
         assert _shown(kernel, "dspy.settings.adapter.extraction_model is dspy.settings.lm") == "True"
-
-
-def test_cells_have_the_sessions_adapter_after_a_restart_too() -> None:
-    with LiveKernel() as kernel:
-        kernel.result("configure", {"lm": "offline/echo", "adapter": "json"})
-        kernel.restart()
-        assert _shown(kernel, "type(dspy.settings.adapter).__name__") == "JSONAdapter"
 
 
 def test_what_a_cell_configured_stays_when_only_a_budget_is_given(kernel: LiveKernel) -> None:

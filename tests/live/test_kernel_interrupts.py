@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from tests.live.births import BIRTHS, born
 from tests.live.kernels import LiveKernel
 from tests.waiting import wait_for
 
 PROMPT = 0.3  # seconds until an interrupt takes effect: the issue's bound
 # A bound holds on a quiet machine; two shared cores are given this much more before a test fails.
 GRACE = 0.7
+
+
+@pytest.fixture(scope="module", params=BIRTHS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[LiveKernel]:
+    """The module's kernel, of each birth."""
+    with born(request.param), LiveKernel() as kernel:
+        yield kernel
 
 
 def _slow_lm(kernel: LiveKernel, seconds: float) -> None:

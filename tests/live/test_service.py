@@ -18,6 +18,7 @@ from jupyter_client.asynchronous import AsyncKernelClient
 
 from dspex_kernels import SessionService, connect_kernel, errors
 from dspex_kernels.sessions.store.sql import SQLStore
+from tests.live.births import wait_for_standby
 from tests.waiting import wait_until, wait_until_stored
 
 SLOW = {"model": "offline/echo", "cache": False, "offline": {"latency_s": 60}}
@@ -84,7 +85,7 @@ def test_two_owners_keep_a_program_of_one_id_in_two_kernels(make):
     run(work())
 
 
-def test_a_killed_kernel_is_reported_within_two_seconds_and_its_programs_come_back(make):
+def test_a_killed_kernel_is_reported_within_two_seconds_and_its_programs_come_back(make, birth):
     async def work() -> None:
         async with (
             make() as service,
@@ -99,6 +100,8 @@ def test_a_killed_kernel_is_reported_within_two_seconds_and_its_programs_come_ba
             await bob.create_program("qa_bot", "question -> answer")
             call = asyncio.create_task(alice.execute_program("by_command", {"question": "?"}, timeout=60))
             await _is_running(alice)
+            if birth == "standby":
+                await wait_for_standby(service)
             killed_at = time.monotonic()
             os.kill((await service.get_session_info(alice.session_id)).kernel_pid, signal.SIGKILL)
             with pytest.raises(errors.KernelDied, match="was killed by SIGKILL during execute_program") as died:
