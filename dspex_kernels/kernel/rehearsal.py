@@ -1,7 +1,8 @@
 """A short kernel's life, lived ahead: what a kernel does for the first time costs, and its forks need not pay.
 
 ``warm`` runs commands in the process that forks: modules are imported, validators built, caches filled, code is
-specialised by the interpreter. It uses no thread, and leaves none of what it made. A kernel that stands by does it
+specialised by the interpreter. It uses no thread, and leaves none of what it made; meanwhile it writes to the
+current directory. A kernel that stands by does it
 too, and ``wire``, for then its pages are its own already. ``Visitor`` asks a kernel that
 runs, in a throw-away child, what a person and a service ask one: so a fork server learns what else is imported.
 """
@@ -163,7 +164,7 @@ async def _ask_all(thread: CommandThread) -> None:
 
 
 def _write_journal() -> None:
-    with tempfile.TemporaryDirectory(prefix="dspex-") as directory:
+    with tempfile.TemporaryDirectory(dir=".") as directory:  # who is killed here leaves no more than the directory
         journal, _ = Journal.open(Path(directory) / "session")
         journal.append(Spent())
         journal.close()

@@ -71,7 +71,10 @@ class Template(Protocol):
         """
 
     def warm(self) -> None:
-        """Do, and undo, what kernels do first. Called when all is imported that they will want."""
+        """Do, and undo, what kernels do first. Called when all is imported that they will want.
+
+        The current directory is removed afterwards; so it is when the template is built.
+        """
 
     def park(self) -> Iterator[None]:
         """Do, and undo, what a kernel does first, step by step, and leave one thread.
@@ -123,7 +126,8 @@ class ForkServer:
         for name in learnt.modules:
             _import(name)
         pages.gather(learnt.ran)
-        self._template.warm()
+        with _own_directory(self._directory):
+            self._template.warm()
         freeze()
         pages.join()
 
@@ -214,7 +218,8 @@ def _stand_by(template: Template, channel: socket.socket, directory: str) -> Non
     """Use the time in which nobody wants this kernel."""
     if _is_wanted(channel, within=PATIENCE):
         return
-    with _own_directory(directory):
+    with _own_directory(directory) as own:
+        _be_at_home(own)
         for _ in template.park():
             if _is_wanted(channel):
                 return
@@ -374,7 +379,8 @@ def _rehearse(template: Template, directory: str, writer: int) -> NoReturn:
 
     try:
         signal.alarm(REHEARSAL_TIMEOUT)
-        with _own_directory(directory):
+        with _own_directory(directory) as own:
+            _be_at_home(own)
             before = set(sys.modules)
             threading.settrace(note)
             sys.settrace(note)  # not a profiler, which is called for functions in C too
@@ -391,16 +397,20 @@ def _rehearse(template: Template, directory: str, writer: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _own_directory(parent: str) -> Iterator[None]:
-    """A directory for a rehearsal, and nothing of the user's."""
+def _own_directory(parent: str) -> Iterator[str]:
+    """Be in a directory that is removed afterwards: by the guardian, where this process is killed before."""
     with tempfile.TemporaryDirectory(prefix=guardian.REHEARSAL_PREFIX, dir=parent) as directory:
         os.chdir(directory)
-        names = ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
-        os.environ.update(dict.fromkeys(names, directory))
         try:
-            yield
+            yield directory
         finally:
             os.chdir("/")
+
+
+def _be_at_home(directory: str) -> None:
+    """Have nothing of the user's: called in a child, which gets its environment later, or never."""
+    names = ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    os.environ.update(dict.fromkeys(names, directory))
 
 
 def build(name: str) -> tuple[Template, str]:
@@ -418,7 +428,8 @@ def main(name: str, directory: str) -> None:
         os.dup2(nothing.fileno(), 0)
     gc.disable()
     try:
-        template, program = build(name)
+        with _own_directory(directory):
+            template, program = build(name)
         check(connection.fileno())
     except Exception as failure:  # noqa: BLE001  # whatever is wrong with the module, kernels are started plainly
         _log.warning("%s cannot be forked", name, exc_info=True)

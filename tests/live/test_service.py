@@ -16,7 +16,7 @@ import psutil
 import pytest
 from jupyter_client.asynchronous import AsyncKernelClient
 
-from dspex_kernels import SessionService, connect_kernel, errors
+from dspex_kernels import SessionService, config, connect_kernel, errors
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.live.births import wait_for_standby
 from tests.waiting import wait_until, wait_until_stored
@@ -188,7 +188,9 @@ def test_sessions_of_a_service_that_ended_come_back_with_the_next(make):
     run(work())
 
 
-def test_stopping_during_a_call_and_a_start_leaves_no_process(make):
+def test_stopping_during_a_call_and_a_start_leaves_no_process(make, monkeypatch):
+    monkeypatch.setenv(config.ENV_FORK, "0")  # a start that takes its time
+
     async def work() -> None:
         service = await make().start()
         try:
