@@ -18,6 +18,7 @@ from dspex_kernels import errors, logs, tracing
 from dspex_kernels.kernel import handlers
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.failures import explain
+from dspex_kernels.kernel.hops import CommandLoop
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.secrecy import scrub
 from dspex_kernels.kernel.threads import Threads
@@ -112,8 +113,8 @@ class CommandThread(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="dspex-commands", daemon=True)
-        self.loop = asyncio.new_event_loop()
-        # DSPy hops through the default executor several times a call: user code never runs in it.
+        self.loop = CommandLoop()
+        # For those of DSPy's hops that wait for something: user code never runs in it.
         self.loop.set_default_executor(ThreadPoolExecutor(MAX_HOPS, thread_name_prefix="dspex-dspy"))
         self._stopping = False
 

@@ -1,0 +1,66 @@
+"""The command loop, which makes DSPy's hops in place where nothing in them waits.
+
+DSPy's async path sends short computations of its own through a thread, four times a prediction, for the cases in
+which they read a file or a database. A hop costs two wake-ups, and a fight for the interpreter's lock: a quarter of
+a prediction by an offline LM, and most of what concurrent ones lose. So what only computes is called on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from concurrent.futures import Executor
+from types import FunctionType
+from typing import Any
+
+import dspy
+from dspy.clients import execution, model_metadata
+
+
+class CommandLoop(asyncio.SelectorEventLoop):
+    """An event loop that calls at once what it is asked to call in its default executor, and only computes."""
+
+    def run_in_executor(  # type: ignore[override]  # the stub's type variables
+        self, executor: Executor | None, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        """Called by ``asyncio.to_thread``, with a context's ``run``, bound to the function and its arguments."""
+        if executor is not None or not _only_computes(func):
+            return super().run_in_executor(executor, func, *args)
+        answer = self.create_future()
+        answer.set_result(func(*args))
+        return answer
+
+
+def _only_computes(func: Callable[..., Any]) -> bool:
+    match func:
+        case functools.partial(args=(FunctionType() as function, *args)):
+            condition = _KNOWN.get(function)
+            return condition is not None and condition(*args, **func.keywords)
+    return False
+
+
+def _prepares_text(_: Any, prompt: Any, __: Any, options: dict[str, Any], **___: Any) -> bool:
+    """Whether no lm15 request comes with it: the files of its media are read when a call is prepared."""
+    return (prompt is None or isinstance(prompt, str)) and "request" not in options
+
+
+def _cache_is_memory(*_: Any) -> bool:
+    return not getattr(dspy.cache, "enable_disk_cache", True)
+
+
+def _prices_are_there(*_: Any) -> bool:
+    return getattr(model_metadata, "_data", None) is not None
+
+
+_KNOWN: dict[Callable[..., Any], Callable[..., bool]] = {
+    function: condition
+    for name, condition in (
+        ("prepare", _prepares_text),
+        ("_cached", _cache_is_memory),
+        ("_store", _cache_is_memory),
+        ("_price_result", _prices_are_there),
+    )
+    if (function := getattr(execution, name, None)) is not None  # DSPy's own names: without one, it hops
+}
+"""DSPy's functions, and when they only compute."""
