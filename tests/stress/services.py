@@ -23,7 +23,13 @@ LOOK_INTERVAL = 0.01
 
 @contextlib.asynccontextmanager
 async def started(
-    directory: Path, backend: str, *, kernels: int = 2, timeout: float = figures.TIMEOUT, **traits: Any
+    directory: Path,
+    backend: str,
+    *,
+    kernels: int = 2,
+    standby: int = 2,
+    timeout: float = figures.TIMEOUT,
+    **traits: Any,
 ) -> AsyncIterator[SessionService]:
     """A service; one whose backend is the pool has all its kernels when this begins.
 
@@ -31,6 +37,7 @@ async def started(
         directory: Everything of the service is in it.
         backend: The sessions' own, unless they say.
         kernels: In the pool.
+        standby: Kernels that stand by.
         timeout: Seconds for all that is done with it.
         **traits: The service's.
     """
@@ -39,7 +46,7 @@ async def started(
         data_dir=str(directory / "data"),
         store_url=f"sqlite:///{directory / 'store.sqlite'}",
         backend=backend,
-        config=Config({"KernelPool": pool}),
+        config=Config({"KernelPool": pool, "ForkServerProvisioner": {"standby": standby}}),
         **traits,
     )
     async with asyncio.timeout(timeout), service:
