@@ -11,7 +11,7 @@ ROUND_TRIP = "round trip"
 OVER_EXECUTE, OVER_DSPY = f"over {EXECUTE}", f"over {DSPY}"
 WARM_UP = 20
 
-_BARS = {(OVER_EXECUTE, COMMAND): Bar(0.4)}
+_BARS = {(OVER_DSPY, COMMAND): Bar(0.4)}
 
 
 class RoundTrip:

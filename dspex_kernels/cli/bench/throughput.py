@@ -39,7 +39,7 @@ async def _at_once(bench: Bench) -> list[Row]:
             bench.say(f"throughput: round {number + 1} of {bench.scale.rounds}")
             for concurrency in bench.scale.concurrency:
                 await _turn(bench, samples, _at(concurrency), sides, concurrency)
-    rows = samples.rows(against=(EXECUTE,), bars={(_at(WANTED), COMMAND): Bar(0.8, "ratio", is_least=True)})
+    rows = samples.rows(against=(DSPY,), bars={(_at(WANTED), COMMAND): Bar(0.8, "ratio", is_least=True)})
     return [*rows, *_against_execute_request(samples)]
 
 
@@ -69,7 +69,7 @@ async def _slow_lm(bench: Bench) -> list[Row]:
         for number in range(bench.scale.rounds):
             bench.say(f"throughput, {what}: round {number + 1} of {bench.scale.rounds}")
             await _turn(bench, samples, what, sides, concurrency)
-    return samples.rows(against=(EXECUTE,), bars={(what, POOLED): Bar(0.8, "ratio", is_least=True)})
+    return samples.rows(against=(DSPY,), bars={(what, POOLED): Bar(0.8, "ratio", is_least=True)})
 
 
 async def _turn(bench: Bench, samples: Samples, what: str, sides: Mapping[str, Side], concurrency: int) -> None:
