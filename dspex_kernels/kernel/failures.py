@@ -29,12 +29,21 @@ REMEDIES = {
 }
 """By DSPy's error code."""
 
+MAX_CAUSES = 10
+"""Causes that are looked at behind an exception."""
 MAX_MESSAGE = 2000
 """Characters of a provider's or program's message that are passed on."""
 
 
 def explain(failure: BaseException, call: Call) -> errors.DSPexError:
     """The error that a call's exception is answered with."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit != resource.RLIM_INFINITY and _is_for_memory(failure):
+        return errors.KernelOutOfMemory(
+            f"{call.command} needs more memory than its kernel may allocate, {limit / 2**20:,.0f} MiB: give it "
+            "less to do, restart the kernel, or raise ForkServerProvisioner.memory_limit",
+            details={"memory_limit": limit},
+        )
     match failure:
         case errors.CallStopped(error=error):
             return error
@@ -44,17 +53,20 @@ def explain(failure: BaseException, call: Call) -> errors.DSPexError:
             return call.stopped or errors.CommandCancelled(f"{call.command} was cancelled")
         case dspy.DSPyError():
             return _provider_failure(failure, call)
-        case MemoryError() if (limit := resource.getrlimit(resource.RLIMIT_DATA)[0]) != resource.RLIM_INFINITY:
-            return errors.KernelOutOfMemory(
-                f"{call.command} needs more memory than its kernel may allocate, {limit / 2**20:,.0f} MiB: give it "
-                "less to do, restart the kernel, or raise ForkServerProvisioner.memory_limit",
-                details={"memory_limit": limit},
-            )
         case ImportError():
             return errors.DependencyMissing(
                 f"{failure}: install it where the kernel runs", details={"name": failure.name or ""}
             )
     return _program_failed(failure)
+
+
+def _is_for_memory(failure: BaseException | None) -> bool:
+    """Whether memory was what was missing: DSPy wraps what a language model's call raises."""
+    for _ in range(MAX_CAUSES):
+        if failure is None or isinstance(failure, MemoryError):
+            break
+        failure = failure.__cause__
+    return isinstance(failure, MemoryError)
 
 
 def _provider_failure(failure: dspy.DSPyError, call: Call) -> errors.ProviderFailure:

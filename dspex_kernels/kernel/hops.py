@@ -2,12 +2,15 @@
 
 DSPy's async path sends short computations of its own through a thread, four times a prediction, for the cases in
 which they read a file or a database. A hop costs two wake-ups, and a fight for the interpreter's lock: a quarter of
-a prediction by an offline LM, and most of what concurrent ones lose. So what only computes is called on the loop.
+a prediction by an offline LM, and most of what concurrent ones lose. So what only computes is called on the loop,
+which still takes a turn then: a program whose answers are all cached waits for nothing else, and must not keep
+cancels, deadlines and other sessions from theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -16,6 +19,8 @@ from typing import Any
 
 import dspy
 from dspy.clients import execution, model_metadata
+
+from dspex_kernels.kernel.lms.cache import SessionCache
 
 
 class CommandLoop(asyncio.SelectorEventLoop):
@@ -28,15 +33,21 @@ class CommandLoop(asyncio.SelectorEventLoop):
         if executor is not None or not _only_computes(func):
             return super().run_in_executor(executor, func, *args)
         answer = self.create_future()
-        answer.set_result(func(*args))
+        self.call_soon(_settle, answer, func(*args))
         return answer
+
+
+def _settle(answer: asyncio.Future[Any], value: Any) -> None:
+    if not answer.done():  # else it was cancelled in this turn
+        answer.set_result(value)
 
 
 def _only_computes(func: Callable[..., Any]) -> bool:
     match func:
         case functools.partial(args=(FunctionType() as function, *args)):
             condition = _KNOWN.get(function)
-            return condition is not None and condition(*args, **func.keywords)
+            with contextlib.suppress(TypeError):  # another DSPy has other parameters: then it hops
+                return condition is not None and condition(*args, **func.keywords)
     return False
 
 
@@ -45,8 +56,9 @@ def _prepares_text(_: Any, prompt: Any, __: Any, options: dict[str, Any], **___:
     return (prompt is None or isinstance(prompt, str)) and "request" not in options
 
 
-def _cache_is_memory(*_: Any) -> bool:
-    return not getattr(dspy.cache, "enable_disk_cache", True)
+def _cache_is_ours(*_: Any) -> bool:
+    """Whether the answer cache is in memory: a cell may have put another one in its place."""
+    return type(dspy.cache) is SessionCache
 
 
 def _prices_are_there(*_: Any) -> bool:
@@ -57,8 +69,8 @@ _KNOWN: dict[Callable[..., Any], Callable[..., bool]] = {
     function: condition
     for name, condition in (
         ("prepare", _prepares_text),
-        ("_cached", _cache_is_memory),
-        ("_store", _cache_is_memory),
+        ("_cached", _cache_is_ours),
+        ("_store", _cache_is_ours),
         ("_price_result", _prices_are_there),
     )
     if (function := getattr(execution, name, None)) is not None  # DSPy's own names: without one, it hops

@@ -2,9 +2,9 @@
 
 ``warm`` runs commands in the process that forks: modules are imported, validators built, caches filled, code is
 specialised by the interpreter. It uses no thread, and leaves none of what it made; meanwhile it writes to the
-current directory. A kernel that stands by does it
-too, and ``wire``, for then its pages are its own already. ``Visitor`` asks a kernel that
-runs, in a throw-away child, what a person and a service ask one: so a fork server learns what else is imported.
+current directory. A kernel that stands by does it too, and ``wire``, for then its pages are its own already.
+``Visitor`` asks a kernel that runs, in a throw-away child, what a person and a service ask one: so a fork server
+learns what else is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
+import logging
 import tempfile
 import threading
 from collections.abc import Callable
@@ -78,8 +79,11 @@ IP, KEY = "k", b"rehearsal"
 """Of the kernel that rehearses. Its sockets' paths are relative: absolute ones may be too long for them."""
 
 
-def warm() -> None:
+def warm(is_enough: Callable[[], bool] = lambda: False) -> None:
     """Run commands of a session that is dropped, in this thread; nothing that they made stays.
+
+    Args:
+        is_enough: Asked before each; True leaves the rest out.
 
     Raises:
         DependencyMissing: This DSPy has no place for the LM gate.
@@ -92,8 +96,9 @@ def warm() -> None:
     cache.install()
     try:
         model_metadata._load()
-        thread.loop.run_until_complete(_ask_all(thread))
-        _write_journal()
+        thread.loop.run_until_complete(_ask_all(thread, is_enough))
+        if not is_enough():
+            _write_journal()
     finally:
         base_lm.GLOBAL_HISTORY = remembered
         del vars(dspy)["cache"]
@@ -107,6 +112,8 @@ def wire(app: DSPexKernelApp) -> None:
     Args:
         app: One that will not be the kernel. The current directory is its own.
     """
+    tornado = logging.getLogger("tornado")
+    handlers = tornado.handlers[:]  # ipykernel adds one with the sockets, and so will the kernel itself
     app.lean = True
     app.connection_file = _write_connection_file()
     app.init_connection_file()
@@ -118,6 +125,7 @@ def wire(app: DSPexKernelApp) -> None:
     app.iopub_thread.session.send(app.iopub_socket, "status", {"execution_state": "starting"})
     app.close()
     app.cleanup_connection_file()
+    tornado.handlers[:] = handlers
     for at_exit in (app.close, app.iopub_thread.stop):
         atexit.unregister(at_exit)
 
@@ -134,7 +142,7 @@ class _InPlace(ThreadPoolExecutor):
         return future
 
 
-async def _ask_all(thread: CommandThread) -> None:
+async def _ask_all(thread: CommandThread, is_enough: Callable[[], bool]) -> None:
     threads, shelf = Threads(), Shelf()
 
     def open_namespace(session_id: str, opened: OpenSessionArgs | None) -> Namespace:
@@ -156,6 +164,8 @@ async def _ask_all(thread: CommandThread) -> None:
         heartbeat_interval=60.0,
     )
     for command, args in (("open_session", OPENED), *COMMANDS, ("close_session", {})):
+        if command not in ("open_session", "close_session") and is_enough():
+            continue
         answered: asyncio.Future[dict[str, Any]] = thread.loop.create_future()
         content = {"command": command, "args": args, "session_id": SESSION_ID}
         dispatcher.submit(Ask(content, message_id=command, reply=answered.set_result))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -78,15 +78,19 @@ class Template:
 
         rehearsal.warm()
 
-    def park(self) -> Iterator[None]:
-        """Do in a child, and undo, what its kernel will do first: its pages are copied before somebody waits."""
+    def park(self, is_wanted: Callable[[], bool]) -> None:
+        """Do in a child, and undo, what its kernel will do first: its pages are copied before somebody waits.
+
+        Args:
+            is_wanted: Whether somebody waits now.
+        """
         from dspex_kernels.kernel import rehearsal
 
         prepare()
-        yield
-        rehearsal.wire(type(self._app)())
-        yield
-        rehearsal.warm()
+        if not is_wanted():
+            rehearsal.wire(type(self._app)())
+        if not is_wanted():
+            rehearsal.warm(is_wanted)
 
     def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
         """Be the kernel until it ends.

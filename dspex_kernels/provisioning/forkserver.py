@@ -76,11 +76,14 @@ class Template(Protocol):
         The current directory is removed afterwards; so it is when the template is built.
         """
 
-    def park(self) -> Iterator[None]:
-        """Do, and undo, what a kernel does first, step by step, and leave one thread.
+    def park(self, is_wanted: Callable[[], bool]) -> None:
+        """Do, and undo, what a kernel does first, and leave one thread.
 
         Called in a child that is not told at once whose kernel it is, in a directory of its own: it stands by, and
-        has time. The steps end when it is wanted.
+        has time.
+
+        Args:
+            is_wanted: Whether it has been told now, and ought to come back.
         """
 
     def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
@@ -122,12 +125,17 @@ class ForkServer:
                 self._rehearse()
 
     def _rehearse(self) -> None:
-        learnt = learn(self._template, self._directory)
-        for name in learnt.modules:
-            _import(name)
-        pages.gather(learnt.ran)
-        with _own_directory(self._directory):
-            self._template.warm()
+        try:
+            learnt = learn(self._template, self._directory)
+            for name in learnt.modules:
+                _import(name)
+            pages.gather(learnt.ran)
+            with _own_directory(self._directory):
+                self._template.warm()
+        except Exception:  # noqa: BLE001  # whatever it is, kernels can be forked without
+            _log.warning(
+                "the rehearsal failed: kernels copy more pages, and import some things themselves", exc_info=True
+            )
         freeze()
         pages.join()
 
@@ -220,9 +228,7 @@ def _stand_by(template: Template, channel: socket.socket, directory: str) -> Non
         return
     with _own_directory(directory) as own:
         _be_at_home(own)
-        for _ in template.park():
-            if _is_wanted(channel):
-                return
+        template.park(lambda: _is_wanted(channel))
 
 
 def _is_wanted(channel: socket.socket, within: float = 0) -> bool:

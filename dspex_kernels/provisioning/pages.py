@@ -11,8 +11,10 @@ double fork 21 ms without, 12 with.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -36,6 +38,9 @@ LARGE_SIZES = (65536, 32768, 16384, 8192, 4096, 2048, *range(1040, 0, -16))
 """Sizes of which malloc keeps what was freed: below 1040 a list for each, above by ranges (malloc/malloc.c)."""
 MISSES = 8
 """Blocks in a row that malloc takes from its end: there are no gaps of that size left."""
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""Whether this machine has huge pages (the Linux kernel's admin-guide/mm/transhuge)."""
 
 _fillings: list[Any] = []
 
@@ -80,9 +85,15 @@ class _Mover:
 
 def fill_gaps() -> None:
     """Take all free memory between what is used, for good: what children allocate lies together behind it."""
-    for size in range(SMALL_STEP, SMALL_MOST + 1, SMALL_STEP):
-        _fill_pools(size)
+    if _has_pools():
+        for size in range(SMALL_STEP, SMALL_MOST + 1, SMALL_STEP):
+            _fill_pools(size)
     _fill_heap()
+
+
+def _has_pools() -> bool:
+    """Whether small objects are where CPython keeps them by default."""
+    return os.environ.get("PYTHONMALLOC") in (None, "", "default", "pymalloc") and not sys.flags.dev_mode
 
 
 def _fill_pools(size: int) -> None:
@@ -120,8 +131,11 @@ def join() -> None:
     """Have huge pages where memory fills some: a fork copies an entry for each page, 25,000 for 100 MB.
 
     A child that writes to one copies 4 KiB all the same. It is for what is there now, and not for children: the
-    system would join theirs too, by copying what they share.
+    system would join theirs too, by copying what they share. Where the machine is to have none, there are none.
     """
+    with contextlib.suppress(OSError):
+        if "[never]" in SETTING.read_text():
+            return
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for start, end in _writable():

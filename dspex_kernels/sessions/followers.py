@@ -196,6 +196,7 @@ class Followers:
             # Nothing of the calls that wait has run: what was the kernel's, the store's or the time's fault may be
             # done again. What a session refuses it refuses again.
             passes = isinstance(failure, errors.KernelError | errors.CallError | errors.StoreError)
+            passes = passes and not isinstance(failure, errors.KernelOutOfMemory)
             raise errors.from_dict({**told, "retryable": failure.retryable or passes}) from failure
         if live.following.get(program_id) == following:  # its journal could not be read; it will be
             live.following[program_id] = replace(following, library_version=version, version=result["version"])

@@ -103,7 +103,7 @@ class Keeper:
         """
         if live.record.directory is not None:
             await self._tasks.finish(self._read_journal(live))
-            if live.unfolded:
+            if live.unfolded and not live.folding.locked():  # else whoever writes takes it along
                 self._tasks.spawn(self._save_unfolded(live))
             return
         if live.batches:
@@ -130,10 +130,13 @@ class Keeper:
 
     async def _read_journal(self, live: LiveSession) -> None:
         async with live.reading:
-            if live.status is SessionStatus.DESTROYED:
+            if live.status is SessionStatus.DESTROYED or live.record.directory is None:
                 return
+            directory = live.record.directory
             try:
                 data = await asyncio.to_thread(_read_if_there, live.directory / journal.FILE_NAME)
+                if live.record.directory != directory:
+                    return  # it moved meanwhile, with all that was in there
                 new = journal.unread(data, live.record.journal_offset)
             except (errors.DSPexError, OSError):
                 self._log.exception("session %s: its journal could not be taken into the store", live.session_id)
@@ -145,16 +148,23 @@ class Keeper:
                 live.unfolded += new.changes
 
     async def _save_unfolded(self, live: LiveSession) -> None:
-        """Tell the store what the journal told; what it does not take now, it is told again with the next."""
+        """Tell the store what the journal told. What it does not take now is read again with the next."""
         async with live.folding:
-            if live.status is SessionStatus.DESTROYED or not live.unfolded:
-                return
-            unfolded, live.unfolded = live.unfolded, []
-            try:
-                await self._store.save_changes(live.session_id, unfolded, live.record.journal_offset)
-            except errors.DSPexError:
-                live.unfolded[:0] = unfolded
-                self._log.exception("session %s: its journal could not be taken into the store", live.session_id)
+            while live.unfolded and live.status is not SessionStatus.DESTROYED:
+                unfolded, live.unfolded = live.unfolded, []
+                offset = live.record.journal_offset
+                try:
+                    await self._store.save_changes(live.session_id, unfolded, offset)
+                except BaseException as failure:
+                    live.unfolded = []  # not kept: a store may be gone for long
+                    live.note(journal_offset=live.folded_to)
+                    if not isinstance(failure, errors.DSPexError):
+                        raise
+                    self._log.exception(
+                        "session %s: its journal could not be taken into the store", live.session_id
+                    )
+                else:
+                    live.folded_to = offset
 
     def touch(self, live: LiveSession) -> None:
         """Note that a session is used now; the store is told now and then, and by ``save_activity``."""

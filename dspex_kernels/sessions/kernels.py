@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ SUSPICION_AFTER = 2.0
 """Seconds after a call's end that was not its own: by then its program has ended, or counts as stuck."""
 MAX_PORT_ATTEMPTS = 3
 """Starts of a kernel one of whose ports another process has taken (jupyter_client#487)."""
+SETTLED_NS = 2_000_000_000
+"""Age of a kernelspec's file from which it is remembered."""
 PORT_TAKEN = "Address already in use"
 SOCKETS_PREFIX = "dspex-"
 SOCKET_NAME = 8
@@ -112,7 +115,8 @@ class Kernel:
 class KnownKernelSpecs(KernelSpecManager):
     """Looks a kernelspec up once: Jupyter lists a dozen directories before each start.
 
-    A file that changes is read again, at the place where it was found.
+    A file that changes is read again, at the place where it was found; one that is installed before it on the path
+    is found when the service starts anew.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -131,7 +135,9 @@ class KnownKernelSpecs(KernelSpecManager):
                 return copy.deepcopy(known)
         found = super().get_kernel_spec(kernel_name)
         with contextlib.suppress(OSError):  # a kernel without a file: found again each time
-            self._known[kernel_name] = copy.deepcopy(found), _changed_at(found)
+            changed_at = _changed_at(found)
+            if time.time_ns() - changed_at > SETTLED_NS:  # else it may have changed since it was read
+                self._known[kernel_name] = copy.deepcopy(found), changed_at
         return found
 
 

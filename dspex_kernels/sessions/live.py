@@ -73,6 +73,8 @@ class LiveSession:
     """One reader of the journal at a time: ``record.journal_offset`` is how far it came."""
     unfolded: list[Change] = field(default_factory=list)
     """What was read in the journal, and the store does not hold yet."""
+    folded_to: int | None = None
+    """How far the store has the journal."""
     folding: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One writer of that at a time, so that it reaches the store in order."""
     queued: dict[str, asyncio.Future[None]] = field(default_factory=dict)
@@ -136,7 +138,7 @@ class LiveSession:
     def refresh(self, record: SessionRecord) -> None:
         """Know what the store holds now: another service may have changed it."""
         self._replace(record.model_copy(update={"contents": _NOTHING}))
-        self.unfolded = []  # the journal is read again from where the store's own knowledge ends
+        self.unfolded, self.folded_to = [], record.journal_offset
         self.programs = dict.fromkeys(record.contents.programs)
         self.following = {}
         for versions in record.contents.programs.values():

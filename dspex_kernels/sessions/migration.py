@@ -98,8 +98,8 @@ class Migration:
         Raises:
             StoreError: The store did not take it.
         """
-        await self._keeper.settle(live, live.record.generation)
         if live.record.directory is None:
+            await self._keeper.settle(live, live.record.generation)
             return
         await self._keeper.fold(live)
         unread = await asyncio.to_thread(_read_unread, live)
@@ -117,6 +117,7 @@ class Migration:
             await asyncio.to_thread(_make_empty, new)
         await self._store.set_backend(live.session_id, target, str(new) if new is not None else None)
         live.note(backend=target, directory=str(new) if new is not None else None, journal_offset=None)
+        live.unfolded, live.folded_to = [], None
         if old is not None:
             # From here on the store holds it all; what a crash leaves of the directory is removed by _make_empty.
             await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)

@@ -3,7 +3,7 @@
 A session's way: ``create_session`` counts it against the limits at once (``registry``), then has a backend open a
 place for it (``places``). When the place is lost, or the service starts anew, the session is ``hibernated``: what
 it holds stays in the store, and its next call (``carrier``) opens a place again, one generation later. What a call
-changed is in the store before it returns (``keeper``); ``lifetimes`` begins and ends sessions; ``tenure`` tells
+changed is durable before it returns (``keeper``); ``lifetimes`` begins and ends sessions; ``tenure`` tells
 whether they are this service's.
 """
 

@@ -147,8 +147,10 @@ def _live(built: Any, theirs: socket.socket) -> None:
     try:
         random.seed()
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115  # the process's own
-        for _ in built.park():
-            pass
+        with tempfile.TemporaryDirectory(prefix="dx-") as own:
+            os.chdir(own)
+            built.park(lambda: False)
+            os.chdir("/")
         theirs.sendall(b"parked")
         asked = json.loads(theirs.makefile().readline() or "null")
         if asked is not None:

@@ -87,8 +87,10 @@ def test_a_request_whose_media_may_be_files_is_prepared_in_a_thread(
     assert called["prepare"] is not threading.current_thread()
 
 
-def test_a_cache_on_disk_is_asked_in_a_thread(called: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dspy.cache, "enable_disk_cache", True)
+def test_a_cache_of_a_cells_own_is_asked_in_a_thread(
+    called: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dspy, "cache", type("OfACell", (cache.SessionCache,), {})())
     hop("_cached", None, None, True)
     assert called["_cached"] is not threading.current_thread()
 
@@ -121,12 +123,36 @@ def test_an_executor_that_is_named_is_used(called: dict[str, Any]) -> None:
     assert called["_cached"] is not threading.current_thread()
 
 
-def test_a_failure_is_raised_where_it_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def work() -> str:
-        try:
-            await asyncio.to_thread(execution.prepare, object(), "text", None, {"n": 0})
-        except Exception as failure:  # noqa: BLE001  # whatever it is
-            return type(failure).__name__
-        return "none"
+def test_a_failure_is_raised_where_it_is_awaited(called: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = RuntimeError("this one")
+    seen = []
 
-    assert run(work()) in ("AttributeError", "ValueError", "TypeError")
+    def failing(*_: Any, **__: Any) -> None:
+        seen.append(threading.current_thread())
+        raise failure
+
+    monkeypatch.setitem(hops._KNOWN, failing, lambda *_, **__: True)
+    with pytest.raises(RuntimeError) as caught:
+        run(asyncio.to_thread(failing))
+    assert caught.value is failure
+    assert seen == [threading.current_thread()]
+
+
+def test_a_function_with_other_parameters_than_are_known_is_called_in_a_thread(called: dict[str, Any]) -> None:
+    assert hop("prepare", None) == "prepare"
+    assert called["prepare"] is not threading.current_thread()
+
+
+def test_a_program_that_only_hops_lets_others_have_their_turn_and_can_be_cancelled(called: dict[str, Any]) -> None:
+    async def hops_for_ever() -> None:
+        while True:
+            await asyncio.to_thread(execution._cached, None, None, True)
+
+    async def work() -> None:
+        endless = asyncio.create_task(hops_for_ever())
+        await asyncio.sleep(0.01)  # a timer's turn comes
+        endless.cancel()
+        await asyncio.wait({endless}, timeout=10)
+        assert endless.cancelled()
+
+    run(work())

@@ -177,6 +177,13 @@ def test_a_kernel_that_is_parked_has_the_environment_and_the_directory_that_it_i
         assert kernel.value("get_ipython().profile_dir.location").startswith(kernel.env["IPYTHONDIR"])
 
 
+def test_what_a_kernel_did_while_it_stood_by_is_undone(fork: Callable[..., Forked]) -> None:
+    kernel = fork(LEAN).start()
+    assert kernel.value("len(__import__('logging').getLogger('tornado').handlers)") == 1
+    assert kernel.value("[t.name for t in __import__('threading').enumerate()].count('IOPub')") == 1
+    assert kernel.value("'session_rehearsal' in str(get_ipython().kernel.dispatcher._namespaces)") is False
+
+
 DRAWN = (
     "[get_ipython().kernel.ident, get_ipython().kernel.session.session, __import__('uuid').uuid4().hex, "
     "__import__('random').random(), __import__('dspex_kernels.kernel.lms.gate').kernel.lms.gate._salt.hex()]"

@@ -311,6 +311,14 @@ def test_a_kernel_that_nobody_waits_for_is_parked_in_a_directory_of_its_own_and_
     assert forks.output("print(parked)").strip() == "2"
 
 
+def test_a_rehearsal_that_fails_costs_no_kernel_and_no_fork_server(guardian, tmp_path):
+    forks = Forks(guardian, tmp_path, LC_WARM="raise OSError('no room')")
+    forks.run("ready()")
+    pid = forks.server.pid
+    assert forks.output("print(warmed)").strip() == "False"
+    assert forks.server.pid == pid
+
+
 def test_a_kernel_that_dies_while_it_stands_by_is_replaced_and_not_handed_out(forks):
     forks.assign(forks.take(1), "ready()").result(60)
     forks.server.refill()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dspex_kernels import errors
+from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.protocol.records import ProgramPut, ProgramRecord, ProgramSpec, Spent
 from dspex_kernels.protocol.states import SessionStatus
 from dspex_kernels.sessions import keeper as keeper_module
@@ -262,5 +263,75 @@ def test_activity_moves_forward_in_memory_at_once_and_in_the_store_now_and_then(
             assert (await held.store.get("s")).last_activity == first
             await held.keeper.save_activity(live)
             assert (await held.store.get("s")).last_activity == live.last_activity
+
+    run(work())
+
+
+class Journaled:
+    """A session with a journal, of a keeper whose store can be made to fail."""
+
+    def __init__(self, held: Kept, directory: Path) -> None:
+        self.held = held
+        self.directory = directory
+        self.journal, _ = Journal.open(directory)
+        self.save = held.store.save_changes
+
+    async def live(self) -> LiveSession:
+        record = new_record("s", owner="", backend="dedicated", directory=self.directory)
+        await self.held.store.create(record)
+        live = LiveSession.of(record)
+        live.held = True
+        live.become(SessionStatus.STARTING)
+        live.become(SessionStatus.READY)
+        return live
+
+    def write(self, program_id: str) -> None:
+        record = ProgramRecord(program_id=program_id, version=1, spec=ProgramSpec())
+        self.journal.append(ProgramPut(record=record))
+
+
+@pytest.mark.parametrize("failure", [errors.StoreError("it is full"), asyncio.CancelledError()])
+def test_what_the_store_did_not_take_of_a_journal_it_is_told_again_in_order(tmp_path, monkeypatch, failure):
+    async def work() -> None:
+        async with kept(tmp_path) as held:
+            session = Journaled(held, tmp_path / "s")
+            live = await session.live()
+
+            async def fails(*_: Any) -> None:
+                raise failure
+
+            monkeypatch.setattr(held.store, "save_changes", fails)
+            session.write("a")
+            if isinstance(failure, errors.StoreError):
+                await held.keeper.fold(live)
+            else:
+                with pytest.raises(asyncio.CancelledError):
+                    await held.keeper.fold(live)
+            assert list(live.programs) == ["a"], "the service knows it all the same"
+            monkeypatch.setattr(held.store, "save_changes", session.save)
+            session.write("b")
+            await held.keeper.fold(live)
+            assert await held.programs("s") == ["a", "b"]
+            session.journal.close()
+
+    run(work())
+
+
+def test_settling_a_journals_change_does_not_wait_for_the_store_and_draining_does(tmp_path):
+    async def work() -> None:
+        async with kept(tmp_path) as held:
+            session = Journaled(held, tmp_path / "s")
+            live = await session.live()
+            with held.store_is_busy():
+                for program_id in ("a", "b"):
+                    session.write(program_id)
+                    await held.settle(live)
+                assert list(live.programs) == ["a", "b"]
+                draining = asyncio.create_task(held.keeper.drain(live))
+                await asyncio.sleep(0)
+                assert not draining.done()
+            await draining
+            assert await held.programs("s") == ["a", "b"]
+            session.journal.close()
 
     run(work())

@@ -9,7 +9,7 @@ import importlib
 import os
 import random
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 HELD: dict[str, object] = {}
@@ -33,12 +33,12 @@ class Template:
         uuid.uuid4()
 
     def warm(self) -> None:
+        exec(os.environ.get("LC_WARM", ""))
         self.warmed = True
 
-    def park(self) -> Iterator[None]:
+    def park(self, is_wanted: Callable[[], bool]) -> None:
         for _ in range(2):
-            yield
-            self.parked += 1
+            self.parked += not is_wanted()
         if "LC_PARKED" in os.environ:
             Path(os.environ["LC_PARKED"]).write_text(str(Path.cwd()))
 
