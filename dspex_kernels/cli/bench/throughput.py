@@ -14,6 +14,9 @@ from dspex_kernels.cli.bench.ways import FORKED, LM, OWNER, call_program, make_p
 LATENCY_S = 0.1
 """Of the LM that takes its time."""
 POOLED = "command, pooled"
+MOST_REQUESTS = 500
+"""``execute_request`` at once: a stock kernel drops replies in silence of which more than 1,000 wait (ROUTER's
+high-water mark), and who asked waits for ever."""
 WANTED = 100
 """The concurrency for which there are bars."""
 
@@ -28,6 +31,7 @@ class Throughput:
         """For each number of calls at once, each side in turn; that, for some rounds."""
         bench.note(in_process.NOTE)
         bench.note(NOTE)
+        bench.note(f"{EXECUTE_REQUEST}: {MOST_REQUESTS} at once at most, of more a stock kernel loses replies.")
         rows = await _at_once(bench)
         return [*rows, *await _slow_lm(bench)]
 
@@ -74,6 +78,8 @@ async def _slow_lm(bench: Bench) -> list[Row]:
 
 async def _turn(bench: Bench, samples: Samples, what: str, sides: Mapping[str, Side], concurrency: int) -> None:
     for name, side in sides.items():
+        if name == EXECUTE_REQUEST and concurrency > MOST_REQUESTS:
+            continue
         rate = await side.per_second(concurrency=concurrency, seconds=bench.scale.seconds)
         samples.add(what, name, "per s", rate)
 
