@@ -17,7 +17,7 @@ COMMAND = "command"
 DIRECT = "command, no service"
 """Through ``connect_kernel``, to the same kernel."""
 EXECUTE_REQUEST = "execute_request"
-"""Through Jupyter's client, to a stock kernel; answer and usage come back with the reply."""
+"""To a stock kernel, over a bare socket; answer and usage come back with the reply."""
 
 NOTE = (
     f"{COMMAND}: SessionService.call to a dedicated kernel. {DIRECT}: connect_kernel to the same one. "

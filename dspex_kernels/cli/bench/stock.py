@@ -9,11 +9,13 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+import zmq
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
 from dspex_kernels import errors
 from dspex_kernels.cli.bench.machine import IRI_PACKAGE
+from dspex_kernels.sockets import LoopSocket
 
 ANSWER_TIMEOUT = 300.0
 """Seconds for one answer of a kernel that has a machine full of others beside it."""
@@ -54,18 +56,24 @@ class _Specs(KernelSpecManager):
 
 
 class StockKernel:
-    """A kernel behind Jupyter's own manager and client, any number of whose requests may be under way.
+    """A kernel behind Jupyter's own manager, asked over a bare socket, any number of requests at a time.
+
+    Not by Jupyter's asyncio client, which is slower and, with ten requests under way, waits for ever: what comes in
+    while it sends is told once.
 
     Args:
         manager: Whose kernel runs.
-        client: Its channels are open.
     """
 
-    def __init__(self, manager: Any, client: Any) -> None:
+    def __init__(self, manager: Any) -> None:
         self.manager = manager
-        self._client = client
+        self._session = manager.session
+        self._context = zmq.Context()
+        socket = self._context.socket(zmq.DEALER)
+        socket.sndhwm = socket.rcvhwm = 0
+        socket.connect(manager._make_url("shell"))
+        self._shell = LoopSocket(socket, self._take)
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._reading: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int:
@@ -73,7 +81,7 @@ class StockKernel:
 
     async def answer(self) -> None:
         """Ask for kernel_info. Not ``wait_for_ready``: that waits 200 ms more for output that may be left."""
-        await self._reply_to(self._client.kernel_info())
+        await self._ask("kernel_info_request", {})
 
     async def execute(self, code: str, expressions: dict[str, str] | None = None) -> dict[str, Any]:
         """Run code; its reply's content.
@@ -81,8 +89,8 @@ class StockKernel:
         Raises:
             ProgramFailed: The code failed.
         """
-        asked = self._client.execute(code, store_history=False, user_expressions=expressions, allow_stdin=False)
-        content = await self._reply_to(asked)
+        asked = {"code": code, "silent": False, "store_history": False, "user_expressions": expressions or {}}
+        content = await self._ask("execute_request", {**asked, "allow_stdin": False, "stop_on_error": True})
         if content["status"] != "ok":
             raise errors.ProgramFailed(f"the stock kernel failed: {content.get('ename')}: {content.get('evalue')}")
         return content
@@ -91,29 +99,26 @@ class StockKernel:
         """Ask the program that ``SAME_CALLS`` made; its answer and usage come back."""
         await self.execute(CALL, EXPRESSIONS)
 
-    async def _reply_to(self, message_id: str) -> dict[str, Any]:
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._read())
+    async def _ask(self, msg_type: str, content: dict[str, Any]) -> dict[str, Any]:
+        message = self._session.msg(msg_type, content)
         reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[message_id] = reply
+        self._waiting[message["header"]["msg_id"]] = reply
+        self._shell.send(self._session.serialize(message))
         async with asyncio.timeout(ANSWER_TIMEOUT):
             return await reply
 
-    async def _read(self) -> None:
-        while True:
-            message = await self._client.shell_channel.get_msg()
-            reply = self._waiting.pop(message["parent_header"].get("msg_id"), None)
-            if reply is not None and not reply.done():
-                reply.set_result(message["content"])
+    def _take(self, frames: list[bytes]) -> None:
+        _, parts = self._session.feed_identities(frames, copy=True)
+        message = self._session.deserialize(parts)
+        reply = self._waiting.pop(message["parent_header"].get("msg_id"), None)
+        if reply is not None and not reply.done():
+            reply.set_result(message["content"])
 
     async def close(self) -> None:
         """End the kernel."""
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait({self._reading})
-        self._client.stop_channels()
+        self._shell.close(linger=0)
         await self.manager.shutdown_kernel(now=True)
-        self._client.context.destroy(linger=0)
+        self._context.destroy(linger=0)
 
 
 @contextlib.asynccontextmanager
@@ -126,9 +131,7 @@ async def stock_kernel(**options: Any) -> AsyncIterator[StockKernel]:
     specs = {} if "kernel_name" in options else {"kernel_spec_manager": _Specs()}
     manager: Any = AsyncKernelManager(**specs, **options)
     await manager.start_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    client = manager.client()
-    client.start_channels(iopub=False, stdin=False, hb=False)
-    kernel = StockKernel(manager, client)
+    kernel = StockKernel(manager)
     try:
         yield kernel
     finally:
