@@ -253,13 +253,13 @@ class DSPexKernelApp(IPKernelApp):
 
     def init_kernel(self) -> None:
         """Called once the sockets are bound: build the dispatcher, and make the kernel that is built its own."""
+        self.policy, identity = self._policy(), self._identity()  # first: what is refused has opened nothing
         self.threads = Threads()
         self.shelf = Shelf()
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
         thread = CommandThread()
-        self.policy = self._policy()
         self.dispatcher = Dispatcher(
-            self._identity(),
+            identity,
             open_namespace=self._open_namespace,
             thread=thread,
             threads=self.threads,
