@@ -97,8 +97,12 @@ def test_a_thousand_dedicated_sessions_live_at_once_and_are_quiet(tmp_path):
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize(("standby", "most_idle_mib"), [(0, IDLE_MIB), (2, USED_MIB)], ids=["forked", "standby"])
-def test_a_kernel_of_its_own_is_small(standby, most_idle_mib, tmp_path):
+@pytest.mark.parametrize(
+    ("standby", "most_idle_mib", "most_used_mib"),
+    [(0, IDLE_MIB, USED_MIB), (2, USED_MIB, USED_MIB + 1)],
+    ids=["forked", "standby"],
+)
+def test_a_kernel_of_its_own_is_small(standby, most_idle_mib, most_used_mib, tmp_path):
     """One that stood by has lived its first moments: it is as large as others are after a program."""
 
     async def work() -> None:
@@ -116,6 +120,6 @@ def test_a_kernel_of_its_own_is_small(standby, most_idle_mib, tmp_path):
             used_mib = sum(map(memory_of, pids)) / len(pids) / 2**20
             figures.tell("a kernel's private memory", standby=standby, idle_mib=idle_mib, used_mib=used_mib)
             assert idle_mib <= most_idle_mib
-            assert used_mib <= USED_MIB
+            assert used_mib <= most_used_mib
 
     asyncio.run(work())
