@@ -30,10 +30,11 @@ HUGE = 2 << 20
 
 SMALL_STEP, SMALL_MOST = 16, 512
 """Sizes of what CPython's own allocator keeps, in pools of one size each (Objects/obmalloc.c)."""
-POOL, POOLS = 16 << 10, 8
-"""Bytes of a pool; and so many are filled at a time, until that does not take many more that had little room."""
-MOST_FILLINGS = 100
-"""Of one size: 13 MB."""
+POOL, POOL_HEADER, POOLS = 16 << 10, 48, 8
+"""Bytes of a pool, and of what is not for objects in it; and so many are filled at a time, until that takes no more
+pools, that is, none that had little room."""
+MOST_FILLINGS = 48
+"""Of one size: 6 MB."""
 LARGE_SIZES = (65536, 32768, 16384, 8192, 4096, 2048, *range(1040, 0, -16))
 """Sizes of which malloc keeps what was freed: below 1040 a list for each, above by ranges (malloc/malloc.c)."""
 MISSES = 8
@@ -106,9 +107,9 @@ def _fill_pools(size: int) -> None:
     else:
         make = object
     for _ in range(MOST_FILLINGS):
-        filling = [make() for _ in range(POOLS * POOL // size)]
+        filling = [make() for _ in range(POOLS * ((POOL - POOL_HEADER) // size))]
         _fillings.append(filling)
-        if len({id(each) // POOL for each in filling}) <= POOLS + 2:  # pools have headers, and the first was begun
+        if len({id(each) // POOL for each in filling}) <= POOLS + 1:  # the first was begun already
             return
 
 
