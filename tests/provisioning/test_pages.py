@@ -94,7 +94,9 @@ def test_what_is_made_anew_does_not_lie_between_what_is_old(make, size):
         few = [{make} for _ in range(500)]
         print(pages_of(few))
     """)
-    assert int(after) <= 500 * size // 4096 + 4, f"{before} before"
+    # Beside what they fill: a page that was begun, and what Python 3.13 leaves between.
+    assert int(after) <= 500 * size // 4096 + 8, f"{before} before"
+    assert int(after) < int(before)
 
 
 def test_memory_that_is_joined_holds_what_it_held_and_a_child_copies_what_it_changes():
