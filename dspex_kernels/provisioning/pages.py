@@ -17,6 +17,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -98,19 +99,20 @@ def _has_pools() -> bool:
 
 
 def _fill_pools(size: int) -> None:
-    empty = sys.getsizeof(b"")
-    make: Callable[[], object]
-    if size > empty:
-        make = lambda: bytes(size - empty)  # noqa: E731  # one of three
-    elif size >= complex.__basicsize__:
-        make = lambda: complex(0.5, 1.0)  # noqa: E731
-    else:
-        make = object
+    make = _maker(size)
     for _ in range(MOST_FILLINGS):
         filling = [make() for _ in range(POOLS * ((POOL - POOL_HEADER) // size))]
         _fillings.append(filling)
         if len({id(each) // POOL for each in filling}) <= POOLS + 1:  # the first was begun already
             return
+
+
+def _maker(size: int) -> Callable[[], object]:
+    """What makes an object that takes so many bytes."""
+    empty = sys.getsizeof(b"")
+    if size > empty:
+        return partial(bytes, size - empty)
+    return partial(complex, 0.5, 1.0) if size >= complex.__basicsize__ else object
 
 
 def _fill_heap() -> None:
