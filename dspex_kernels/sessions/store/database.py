@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ LIBPQ_OPTIONS: Final = {
     "tcp_user_timeout": 20_000,  # milliseconds
 }
 """A server that is cut off is noticed in half a minute. By themselves, TCP and libpq take up to two hours."""
+WRITE_AHEAD: Final = "PRAGMA journal_mode=WAL"
+_OF_THE_DATABASE: Final = (SQLAlchemyError, sqlite3.Error, OSError)
 
 
 class Database:
@@ -96,7 +99,7 @@ class Database:
         """Turns what the database or the disk refuses into an error of ours, of one line."""
         try:
             yield
-        except (SQLAlchemyError, OSError, OverflowError, UnicodeEncodeError, ValidationError) as failure:
+        except (*_OF_THE_DATABASE, OverflowError, UnicodeEncodeError, ValidationError) as failure:
             # A cause that could carry the value that was refused is left out.
             hidden = isinstance(failure, OverflowError | UnicodeEncodeError | DataError)
             raise self.translated(failure) from (None if hidden else failure)
@@ -113,7 +116,7 @@ class Database:
             return errors.StoreError(
                 f"the store {self.url!r} holds a record that this version cannot read: {problem}"
             )
-        if isinstance(failure, SQLAlchemyError | OSError):
+        if isinstance(failure, _OF_THE_DATABASE):
             return errors.StoreError(f"the store {self.url!r} failed: {_reason(failure)}")
         return failure
 
@@ -213,12 +216,17 @@ def _make_file(path: Path) -> None:
 
     The file gets its name only when it is closed again: closing any descriptor of a database drops the locks
     that this process holds on it (https://www.sqlite.org/howtocorrupt.html, section 2.2), another store's too.
+
+    It is in write-ahead mode before others can open it: of several that change the mode of one database at once,
+    SQLite refuses all but one without waiting.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
         os.close(descriptor)
         try:
+            with contextlib.closing(sqlite3.connect(temporary)) as connection:
+                connection.execute(WRITE_AHEAD)
             with contextlib.suppress(FileExistsError):  # another store was quicker, as well
                 os.link(temporary, path)
         finally:
@@ -229,8 +237,8 @@ def _make_file(path: Path) -> None:
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins no transaction by itself: _begin_sqlite does
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
+    for pragma in (WRITE_AHEAD, "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON"):
+        cursor.execute(pragma)
     cursor.close()
 
 
