@@ -9,19 +9,17 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import dspy
 import zmq
 from dspy.dsp.utils.settings import main_thread_config
 from ipykernel import kernelapp
-from ipykernel.control import ControlThread
 from ipykernel.kernelapp import IPKernelApp
-from ipykernel.shellchannel import ShellChannelThread
 from jupyter_client.session import Session, new_id, new_id_bytes
 from jupyter_core.paths import jupyter_data_dir
 from traitlets import Float, TraitError, default
@@ -29,6 +27,7 @@ from traitlets.config import Config, catch_config_error
 from zmq.eventloop.zmqstream import ZMQStream
 
 from dspex_kernels import config, errors, logs
+from dspex_kernels.kernel import rehearsal
 from dspex_kernels.kernel.calls import SETTING, Call
 from dspex_kernels.kernel.dispatch import CommandThread, Dispatcher, Identity
 from dspex_kernels.kernel.iopub import CountingIOPubThread
@@ -41,6 +40,7 @@ from dspex_kernels.kernel.notebook import magics
 from dspex_kernels.kernel.road import Road
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
+from dspex_kernels.kernel.wires import Wires
 from dspex_kernels.protocol.commands import OpenSessionArgs
 from dspex_kernels.protocol.names import is_session_id
 from dspex_kernels.protocol.records import SessionContents
@@ -71,13 +71,17 @@ class DSPexKernelApp(IPKernelApp):
 
     kernel_class = DSPexKernel
     road: Road | None = None
-    _heart: Any = None
 
     lean = False
     """Whether it does without what only notebooks expect: ``DSPEX_LEAN``, read when the application starts."""
 
-    _starting = False
-    """Whether ``initialize`` runs."""
+    bound: Callable[[], None] | None = None
+    """Called once Jupyter's channels are bound. Set by who waits for that."""
+
+    _wires: Wires | None = None
+    """Of a lean kernel."""
+
+    _commands: CommandThread | None = None
 
     _built_with: Config | None = None
     """The configuration of the kernel that is built; None while there is none."""
@@ -87,9 +91,11 @@ class DSPexKernelApp(IPKernelApp):
         """Start up, or say in one line why not, and exit."""
         try:
             self.lean = _flag(config.ENV_LEAN, default="0")
-            self._starting = True
             self._take_environment()
-            super().initialize(argv)
+            if self.lean:
+                self._initialize_lean(argv)
+            else:
+                super().initialize(argv)
         except errors.DSPexError as refusal:
             self.log.critical("this kernel cannot start: %s", refusal.message)
             self.exit(1)
@@ -100,7 +106,34 @@ class DSPexKernelApp(IPKernelApp):
                 if stream is not None:
                     stream.flush()
             os._exit(1)
-        self._starting = False
+
+    def _initialize_lean(self, argv: list[str] | None) -> None:
+        """As stock, without what only notebooks expect: a profile, its configuration, a poller, a debugger."""
+        self.parse_command_line(argv)
+        self.init_crash_handler()
+        self.init_connection_file()
+        self.init_sockets()
+        self.init_io()
+        self.init_signal()
+        self.init_kernel()
+        self.init_path()
+        self.init_shell()
+        self.init_gui_pylab()
+        if self.hide_initial_ns:
+            self.shell.user_ns_hidden.update(self.shell.user_ns)
+
+    def park(self, is_wanted: Callable[[], bool]) -> None:
+        """Make and try ahead what a lean kernel needs. Called in a child that stands by, before ``initialize``.
+
+        Args:
+            is_wanted: Whether somebody waits now.
+        """
+        self._wires = Wires(self.session)
+        self._wires.start()
+        self._commands = CommandThread()
+        self._commands.start()
+        if not is_wanted():
+            rehearsal.warm(is_wanted, self._commands)
 
     def build(self) -> None:
         """Build the kernel and its shell, as far as that takes no environment, no directory and no socket.
@@ -120,6 +153,7 @@ class DSPexKernelApp(IPKernelApp):
         shell.set_custom_exc((errors.CallStopped,), _show_stopped)
         magics.load(shell, kernel.asker)
         self.kernel, self.shell = kernel, shell
+        self.init_extensions()  # without configuration, IPython's own only
         logs.install(self._named_call)
 
     def _build_anew(self) -> None:
@@ -155,24 +189,6 @@ class DSPexKernelApp(IPKernelApp):
         if argv is None or argv:
             super().parse_command_line(argv)
 
-    def init_profile_dir(self) -> None:
-        """Find IPython's profile. A lean kernel has none until something asks for it."""
-        if not (self.lean and self._starting):
-            super().init_profile_dir()
-
-    def init_config_files(self) -> None:
-        if not self.lean:
-            super().init_config_files()
-
-    def load_config_file(self, *args: Any, **kwargs: Any) -> None:
-        """Load IPython's config files."""
-        if not self.lean:
-            super().load_config_file(*args, **kwargs)
-
-    def init_poller(self) -> None:
-        if not self.lean:
-            super().init_poller()
-
     def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> int:
         """Called with each socket before it is bound: no reply is dropped because its reader is slow."""
         if s.socket_type == zmq.ROUTER:
@@ -181,19 +197,6 @@ class DSPexKernelApp(IPKernelApp):
             s.sndhwm = 0
         bound: int = super()._bind_socket(s, port)
         return bound
-
-    def init_control(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Called with the other sockets; a lean kernel has none for the debugger."""
-        if not self.lean:
-            super().init_control(context)
-            return
-        self.control_socket = context.socket(zmq.ROUTER)
-        self.control_socket.linger = 1000
-        self._apply_curve_server_options(self.control_socket)
-        self.control_port: int = self._bind_socket(self.control_socket, self.control_port)
-        self.control_socket.router_handover = 1
-        self.control_thread = ControlThread(daemon=True)
-        self.shell_channel_thread = ShellChannelThread(context, daemon=True)
 
     def init_iopub(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Called with the other sockets: from the first subscription on, count who listens."""
@@ -204,39 +207,49 @@ class DSPexKernelApp(IPKernelApp):
         finally:
             kernelapp.IOPubThread = stock
 
-    def init_heartbeat(self) -> None:
-        """Called after the other sockets. A lean kernel's heart beats in its control thread, not in three more.
-
-        Not without one: a stock client without a manager takes such a kernel for dead.
-        """
-        if not self.lean:
-            super().init_heartbeat()
-            return
-        socket = self.context.socket(zmq.ROUTER)
-        socket.linger = 0
-        self._apply_curve_server_options(socket)
-        self.hb_port: int = self._bind_socket(socket, self.hb_port)
-        self._heart = ZMQStream(socket, self.control_thread.io_loop)
-        self._heart.on_recv(self._heart.send_multipart)
-
     def init_io(self) -> None:
-        """Called before the kernel; a lean one does not watch what libraries write to descriptors."""
+        """Called when all channels are bound; a lean kernel does not watch what libraries write to descriptors."""
+        if self.bound is not None:
+            self.bound()
         if self.lean:
             self.capture_fd_output = False
         super().init_io()
 
     def init_sockets(self) -> None:
         """Called first: bind Jupyter's channels, and our own beside them."""
-        super().init_sockets()
-        self.road = Road.bind(self)
+        if self.lean:
+            self._bind_wires()
+        else:
+            super().init_sockets()
+        road = self.context.socket(zmq.ROUTER) if self._wires is None else self._wires.road
+        self.road = Road.bind(self, road)
+
+    def _bind_wires(self) -> None:
+        wires = self._wires = self._wires or Wires(self.session)
+        self.context = wires.context
+        atexit.register(self.close)
+        self.shell_socket, self.stdin_socket, self.control_socket = wires.shell, wires.stdin, wires.control
+        self.control_thread, self.shell_channel_thread = wires.control_thread, wires.shell_channel_thread
+        self.configure_tornado_logger()
+        given = self._ports
+        wires.bind(self._bind_channel)
+        self.iopub_thread, self.iopub_socket = wires.iopub_thread, wires.iopub_thread.background_socket
+        if self._ports != given:
+            self.write_connection_file()
+
+    def _bind_channel(self, channel: str, socket: zmq.Socket[bytes]) -> None:
+        """Called for each channel of a lean kernel, in the thread that will read it."""
+        self._apply_curve_server_options(socket)
+        port = f"{channel}_port"
+        setattr(self, port, self._bind_socket(socket, getattr(self, port)))
 
     def close(self) -> None:
         """Called at the process's end: the context waits for sockets that are not closed."""
         if self.road is not None:
             self.road.close()
-        if self._heart is not None:
+        if self._wires is not None:
             self._end_control()
-            self._heart.socket.close()  # a stream is its thread's, which has ended
+            self._wires.close_heart()
         super().close()
 
     def start(self) -> None:
@@ -257,7 +270,7 @@ class DSPexKernelApp(IPKernelApp):
         self.threads = Threads()
         self.shelf = Shelf()
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
-        thread = CommandThread()
+        thread = self._commands or CommandThread()
         self.dispatcher = Dispatcher(
             identity,
             open_namespace=self._open_namespace,
@@ -279,13 +292,16 @@ class DSPexKernelApp(IPKernelApp):
         signal.signal(signal.SIGINT, self.kernel.on_sigint)
 
     def _attach_kernel(self) -> None:
-        shell_stream = ZMQStream(self.shell_socket, self.shell_channel_thread.io_loop)
-        self.shell_channel_thread.shell_stream = shell_stream
-        control_loop = self.control_thread.io_loop
-        control_stream = ZMQStream(self.control_socket, control_loop)
-        debugpy_stream = ZMQStream(self.debugpy_socket, control_loop) if self.debugpy_socket else None
-        self.control_thread.start()
-        self.shell_channel_thread.start()
+        debugpy_stream = None
+        if self._wires is not None:
+            shell_stream, control_stream = self._wires.shell_stream, self._wires.control_stream
+        else:
+            shell_stream = ZMQStream(self.shell_socket, self.shell_channel_thread.io_loop)
+            self.shell_channel_thread.shell_stream = shell_stream
+            control_stream = ZMQStream(self.control_socket, self.control_thread.io_loop)
+            debugpy_stream = ZMQStream(self.debugpy_socket, self.control_thread.io_loop)
+            self.control_thread.start()
+            self.shell_channel_thread.start()
         self.kernel.attach(
             self.dispatcher,
             self.road,
@@ -317,13 +333,6 @@ class DSPexKernelApp(IPKernelApp):
         namespace = self.dispatcher.namespace(None)
         main_thread_config[SETTING] = Call(namespace)
         namespace.restore_settings()
-
-    def init_code(self) -> None:
-        """Called last: run what the user wants run in each kernel. In a lean one, nothing."""
-        if not self.lean:
-            super().init_code()
-        elif self.hide_initial_ns:
-            self.shell.user_ns_hidden.update(self.shell.user_ns)
 
     def forget_session(self) -> None:
         """Called when the kernel is shut down for good: a session that no service owns ends with it."""

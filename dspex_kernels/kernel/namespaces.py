@@ -65,6 +65,7 @@ class Namespace:
         *("__weakref__", "changing", "contents", "created_at", "executions", "generation", "history", "lane"),
         *("last_activity", "ledger", "outcomes", "running", "session_id", "shares_process", "toolbox"),
         *("_closed", "_executor", "_journal", "_live", "_lm", "_policy", "_secrets", "_shelf", "_told_spent"),
+        "_writing_spent",
     )
 
     def __init__(
@@ -109,6 +110,7 @@ class Namespace:
         self._lm: SessionLM | None = None
         self._secrets: frozenset[str] = frozenset()
         self._told_spent = spent
+        self._writing_spent: asyncio.Task[bool] | None = None
 
     # Programs
 
@@ -274,6 +276,14 @@ class Namespace:
         """
         if self._journal is None:
             return True
+        if self._writing_spent is None or self._writing_spent.done():
+            self._writing_spent = asyncio.create_task(self._write_spent())
+        return await asyncio.shield(self._writing_spent)
+
+    async def _write_spent(self) -> bool:
+        """Runs as ``_writing_spent``, for all whose programs ended in the same turn of the loop."""
+        self._writing_spent = None  # who comes from here on may have spent more
+        assert self._journal is not None
         spent = self.spent()
         if spent == self._told_spent:
             return True

@@ -1,8 +1,8 @@
 """A short kernel's life, lived ahead: what a kernel does for the first time costs, and its forks need not pay.
 
 ``warm`` runs commands in the process that forks: modules are imported, validators built, caches filled, code is
-specialised by the interpreter. It uses no thread, and leaves none of what it made; meanwhile it writes to the
-current directory. A kernel that stands by does it too, and ``wire``, for then its pages are its own already.
+specialised by the interpreter. It makes no thread, and leaves none of what it made; meanwhile it writes to the
+current directory. A kernel that stands by does it too, for then its pages are its own already.
 ``Visitor`` asks a kernel that runs, in a throw-away child, what a person and a service ask one: so a fork server
 learns what else is imported.
 """
@@ -10,15 +10,13 @@ learns what else is imported.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import json
-import logging
 import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import dspy
 import zmq
@@ -37,9 +35,6 @@ from dspex_kernels.kernel.threads import Threads
 from dspex_kernels.protocol.commands import OpenSessionArgs
 from dspex_kernels.protocol.messages import REQUEST
 from dspex_kernels.protocol.records import SessionContents, Spent
-
-if TYPE_CHECKING:
-    from dspex_kernels.kernel.app import DSPexKernelApp
 
 T = TypeVar("T")
 
@@ -79,55 +74,43 @@ IP, KEY = "k", b"rehearsal"
 """Of the kernel that rehearses. Its sockets' paths are relative: absolute ones may be too long for them."""
 
 
-def warm(is_enough: Callable[[], bool] = lambda: False) -> None:
-    """Run commands of a session that is dropped, in this thread; nothing that they made stays.
+def warm(is_enough: Callable[[], bool] = lambda: False, commands: CommandThread | None = None) -> None:
+    """Run commands of a session that is dropped; nothing that they made stays.
 
     Args:
         is_enough: Asked before each; True leaves the rest out.
+        commands: Where they run; it goes on. None is in this thread.
 
     Raises:
         DependencyMissing: This DSPy has no place for the LM gate.
     """
     remembered = base_lm.GLOBAL_HISTORY
-    thread = CommandThread()  # never started: its loop runs here
-    thread.loop.set_default_executor(_InPlace())
+    thread = commands or _make_unstarted()
     take_out = gate.install(thread.loop, LMPolicy())
     history.install()
     cache.install()
     try:
         model_metadata._load()
-        thread.loop.run_until_complete(_ask_all(thread, is_enough))
+        asking = _ask_all(thread, is_enough)
+        if commands is None:
+            thread.loop.run_until_complete(asking)
+        else:
+            asyncio.run_coroutine_threadsafe(asking, thread.loop).result()
         if not is_enough():
             _write_journal()
     finally:
         base_lm.GLOBAL_HISTORY = remembered
         del vars(dspy)["cache"]
         take_out()
-        thread.loop.close()
+        if commands is None:
+            thread.loop.close()
 
 
-def wire(app: DSPexKernelApp) -> None:
-    """Begin as a lean kernel does, as far as its channels, and close them again.
-
-    Args:
-        app: One that will not be the kernel. The current directory is its own.
-    """
-    tornado = logging.getLogger("tornado")
-    handlers = tornado.handlers[:]  # ipykernel adds one with the sockets, and so will the kernel itself
-    app.lean = True
-    app.connection_file = _write_connection_file()
-    app.init_connection_file()
-    app.init_sockets()
-    app.init_heartbeat()
-    app.write_connection_file()
-    for thread in (app.control_thread, app.shell_channel_thread):
-        thread.start()
-    app.iopub_thread.session.send(app.iopub_socket, "status", {"execution_state": "starting"})
-    app.close()
-    app.cleanup_connection_file()
-    tornado.handlers[:] = handlers
-    for at_exit in (app.close, app.iopub_thread.stop):
-        atexit.unregister(at_exit)
+def _make_unstarted() -> CommandThread:
+    """A command thread whose loop runs in this one."""
+    thread = CommandThread()
+    thread.loop.set_default_executor(_InPlace())
+    return thread
 
 
 class _InPlace(ThreadPoolExecutor):

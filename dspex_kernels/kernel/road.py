@@ -53,19 +53,22 @@ class Road:
         self._socket = socket
         self._session = session
         self._channel: LoopSocket | None = None
+        self._leaving: list[list[bytes]] = []
+        """What is sent at the end of the loop's turn."""
         self._dispatcher: Dispatcher | None = None
         self._envelopes = Envelopes(session.key, session.signature_scheme, replayed=self._replayed)
 
     @classmethod
-    def bind(cls, app: Any) -> Road | None:
+    def bind(cls, app: Any, socket: zmq.Socket[bytes]) -> Road | None:
         """Bind the channel of a kernel application whose other channels are bound; None where it can have none.
 
         Args:
             app: The ``IPKernelApp``.
+            socket: A ROUTER, which is closed where there is no road.
         """
         if app.transport == "ipc" and os.environ.get(config.ENV_ROAD) != config.road_path(app.ip):
+            socket.close(linger=0)
             return None
-        socket = app.context.socket(zmq.ROUTER)
         socket.linger = LINGER_MS
         socket.sndhwm = 0  # no reply is dropped because its reader is slow
         socket.router_handover = 1
@@ -96,6 +99,7 @@ class Road:
     def close(self) -> None:
         """Close the socket; from any thread. Called when no command runs any more."""
         if self._channel is not None:
+            self._send_all()
             self._channel.close(linger=LINGER_MS)
         else:
             self._socket.close(linger=0)
@@ -125,12 +129,27 @@ class Road:
 
     def _reply(self, opened: Opened, answer: dict[str, Any], msg_type: str = REPLY) -> None:
         _, frames = self._envelopes.seal(msg_type, answer, opened.header)
-        assert self._channel is not None
         assert self._dispatcher is not None
         if threading.get_ident() == self._dispatcher.thread.ident:
-            self._channel.send([*opened.identities, *frames])
+            self._send_soon([*opened.identities, *frames])
         else:
-            self._dispatcher.loop.call_soon_threadsafe(self._channel.send, [*opened.identities, *frames])
+            self._dispatcher.loop.call_soon_threadsafe(self._send_soon, [*opened.identities, *frames])
+
+    def _send_soon(self, message: list[bytes]) -> None:
+        """Send a message at the end of this turn of the loop, together with those of other calls that end now.
+
+        Each that goes by itself wakes ZMQ's thread: a twelfth of a prediction, with a hundred side by side.
+        """
+        assert self._dispatcher is not None
+        if not self._leaving:
+            self._dispatcher.loop.call_soon(self._send_all)
+        self._leaving.append(message)
+
+    def _send_all(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        assert self._channel is not None
+        for message in leaving:
+            self._channel.send(message)
 
     def _replayed(self, signature: bytes) -> bool:
         """One history for all channels: what was recorded on one of them is refused on the others too."""

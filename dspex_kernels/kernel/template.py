@@ -40,7 +40,6 @@ def build() -> Template:
     rehearsal.warm()
     app = DSPexKernelApp.instance()
     app.build()
-    app.init_extensions()  # without configuration, IPython's own only
     return Template(app)
 
 
@@ -79,7 +78,7 @@ class Template:
         rehearsal.warm()
 
     def park(self, is_wanted: Callable[[], bool]) -> None:
-        """Do in a child, and undo, what its kernel will do first: its pages are copied before somebody waits.
+        """Do in a child what its kernel will do first: it is done, or its pages are copied, before somebody waits.
 
         Args:
             is_wanted: Whether somebody waits now.
@@ -87,9 +86,9 @@ class Template:
         from dspex_kernels.kernel import rehearsal
 
         prepare()
-        if not is_wanted():
-            rehearsal.wire(type(self._app)())
-        if not is_wanted():
+        if os.environ.get("DSPEX_LEAN") == "1":
+            self._app.park(is_wanted)
+        else:
             rehearsal.warm(is_wanted)
 
     def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
@@ -101,7 +100,6 @@ class Template:
         """
         prepare()  # this kernel's environment is another than the template's
         app = self._app
-        app.connection_file = connection_file
+        app.connection_file, app.bound = connection_file, ready
         app.initialize([])
-        ready()
         app.start()

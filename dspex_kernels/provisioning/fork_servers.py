@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from dspex_kernels import logs
+from dspex_kernels import config, logs
 
 if TYPE_CHECKING:
     from dspex_kernels.provisioning.guardian_client import GuardedProcess, Guardian
@@ -48,7 +48,10 @@ _READ_ON_IMPORT = (
     *("OMP_", "OPENBLAS_", "MKL_", "NUMEXPR_"),
 )
 """What the names of variables begin with that libraries read when they are imported."""
-_ALSO_READ = ("HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "USER", "LOGNAME")
+_ALSO_READ = (
+    *("HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "USER", "LOGNAME"),
+    config.ENV_LEAN,  # what a kernel that stands by makes ready depends on it
+)
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS")
 """Words in the names of variables that no fork server sees, whoever may read them on import."""
 

@@ -75,7 +75,8 @@ class DedicatedBackend(SessionBackend):
         directory = Path(record.directory)
         home = self._homes[record.session_id] = _Home(record.session_id, record.generation)
         try:
-            await asyncio.to_thread(_restore_journal, directory, record)
+            if record.contents != SessionContents():
+                await asyncio.to_thread(_restore_journal, directory, record)
             home.kernel = await self._kernels.start_kernel(
                 whose=f"session {record.session_id!r}",
                 backend=self.name,
@@ -189,7 +190,7 @@ def _restore_journal(directory: Path, record: SessionRecord) -> None:
         StoreError: The disk refuses.
     """
     path = directory / journal.FILE_NAME
-    if path.exists() or record.contents == SessionContents():
+    if path.exists():
         return
     now = datetime.now(UTC)
     lines = [journal.encode_header(time.time_ns())]

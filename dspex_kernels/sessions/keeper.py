@@ -1,15 +1,15 @@
 """What of a living session reaches the store: what changed in it, what it spent, and when it was last used.
 
 A dedicated kernel journals its changes before it replies: they are durable, and the service knows them before the
-caller is answered; the store has them soon after, and whoever opens the session next reads the journal first. A
-pooled kernel's replies carry the changes, which are in the store before the caller is answered. What was spent is
+caller is answered; the store has them within a second, and whoever opens the session next reads the journal first.
+A pooled kernel's replies carry the changes, which are in the store before the caller is answered. What was spent is
 written within a second, in both.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from logging import Logger, LoggerAdapter
 from pathlib import Path
@@ -29,9 +29,9 @@ from dspex_kernels.sessions.tasks import Tasks
 TOUCH_INTERVAL = 10.0
 """Seconds between two writes of a session's ``last_activity``: reads need not cost a write each."""
 MAX_WRITING = 500
-"""Sessions whose totals are written at the same time: the store is to have room for changes."""
-SPENT_INTERVAL = 0.5
-"""Seconds between two writes of what sessions spent."""
+"""Sessions of which something is written at the same time: the store is to have room for changes."""
+WRITE_INTERVAL = 0.5
+"""Seconds between two writes of what nobody waits for: what sessions spent, what their journals hold already."""
 
 _CHANGES: TypeAdapter[list[Change]] = TypeAdapter(list[Change])
 
@@ -55,18 +55,20 @@ class Keeper:
         self._log = log
         self._spent: dict[str, LiveSession] = {}
         """Sessions whose totals the store does not know yet."""
+        self._unfolded: dict[str, LiveSession] = {}
+        """Sessions whose journals hold what the store does not."""
         self._writing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to write what was spent."""
-        self._writing = asyncio.create_task(self._write_spent())
+        """Begin to write what nobody waits for."""
+        self._writing = asyncio.create_task(self._write())
 
     async def stop(self) -> None:
         """Write what is still to be written; nothing is taken after that."""
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.wait({self._writing})
-        await self._write_spent_once()
+        await self._write_once()
 
     def take(self, live: LiveSession, told: list[dict[str, Any]]) -> None:
         """Take in what a pooled kernel's reply says that changed; ``settle`` tells when it is durable."""
@@ -103,8 +105,8 @@ class Keeper:
         """
         if live.record.directory is not None:
             await self._tasks.finish(self._read_journal(live))
-            if live.unfolded and not live.folding.locked():  # else whoever writes takes it along
-                self._tasks.spawn(self._save_unfolded(live))
+            if live.unfolded:
+                self._unfolded[live.session_id] = live
             return
         if live.batches:
             await live.batches[-1].done.wait()
@@ -158,7 +160,7 @@ class Keeper:
                 except BaseException as failure:
                     live.unfolded = []  # not kept: a store may be gone for long
                     live.note(journal_offset=live.folded_to)
-                    if not isinstance(failure, errors.DSPexError):
+                    if not isinstance(failure, Exception):
                         raise
                     self._log.exception(
                         "session %s: its journal could not be taken into the store", live.session_id
@@ -186,6 +188,7 @@ class Keeper:
     def forget(self, live: LiveSession) -> None:
         """Write nothing more of a session: it ends."""
         self._spent.pop(live.session_id, None)
+        self._unfolded.pop(live.session_id, None)
 
     def _queue(self, live: LiveSession, changes: list[Change]) -> None:
         if live.batches and not live.batches[-1].writing:
@@ -220,19 +223,25 @@ class Keeper:
             self._log.error("session %s: its changes could not be kept: %s", live.session_id, failure)
             self.refused(live, f"its changes could not be kept: {failure.message}")
 
-    async def _write_spent(self) -> None:
+    async def _write(self) -> None:
         while True:
-            await asyncio.sleep(SPENT_INTERVAL)
-            await self._write_spent_once()
+            await asyncio.sleep(WRITE_INTERVAL)
+            await self._write_once()
 
-    async def _write_spent_once(self) -> None:
-        waiting, self._spent = list(self._spent.values()), {}
+    async def _write_once(self) -> None:
+        unfolded, self._unfolded = list(self._unfolded.values()), {}
+        spent, self._spent = list(self._spent.values()), {}
         # Finished though ``stop`` comes in between: what was taken out is nowhere else.
-        await self._tasks.finish(self._write_all(waiting))
+        await self._tasks.finish(
+            self._write_all(
+                [*((self._save_unfolded, live) for live in unfolded), *((self._save_spent, live) for live in spent)]
+            )
+        )
 
-    async def _write_all(self, waiting: list[LiveSession]) -> None:
+    @staticmethod
+    async def _write_all(waiting: list[tuple[Callable[[LiveSession], Awaitable[None]], LiveSession]]) -> None:
         for start in range(0, len(waiting), MAX_WRITING):
-            await asyncio.gather(*(self._save_spent(live) for live in waiting[start : start + MAX_WRITING]))
+            await asyncio.gather(*(save(live) for save, live in waiting[start : start + MAX_WRITING]))
 
     async def _save_spent(self, live: LiveSession) -> None:
         if live.spent is None or live.status is SessionStatus.DESTROYED:

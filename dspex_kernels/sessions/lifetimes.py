@@ -84,23 +84,26 @@ class Lifetimes:
             self._registry.add(LiveSession.of(record, reason="another service made it"))
 
     async def begin(self, live: LiveSession) -> None:
-        """Write a new session down. Runs as ``live.creating``, to its end.
+        """Write a new session down; its place may be opened meanwhile. Runs as ``live.creating``, to its end.
 
         Raises:
             SessionExists: Another service or store has something of that id; it stays as it is.
         """
+        has_directory = False
         try:
             await asyncio.to_thread(_make_directory, live)
-            try:
-                live.note(generation=1)
-                await self._store.create(live.record)
-            except BaseException:
-                await asyncio.to_thread(_remove_directory, live)
-                raise
-            live.held = live.fresh = True
+            has_directory = live.fresh = True
+            live.note(generation=1)
+            live.housed.set()
+            await self._store.create(live.record)
+            live.held = True
+            live.touched = asyncio.get_running_loop().time()
             self._listeners.tell(SessionCreated(**live.about()))
         except BaseException:
             live.become(SessionStatus.DESTROYED)
+            await self._places.cancel_opening(live)  # it may be under way in the directory
+            if has_directory:
+                await asyncio.to_thread(_remove_directory, live)
             self._registry.leave(live)
             self._registry.free(live)
             raise

@@ -105,6 +105,8 @@ class LiveSession:
     """Set when none is there any more; made by who waits for that."""
     creating: asyncio.Task[None] | None = None
     """Writes a new session's record; None for one that the store holds already."""
+    housed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it has its directory: its place may be opened while it is written down."""
     moved: Moved | None = None
     """Told of each change of its backend or status; set while the registry has it."""
     touched: float = 0.0

@@ -337,7 +337,9 @@ class Places:
         began = asyncio.get_running_loop().time()
         try:
             if live.creating is not None:
-                await asyncio.shield(live.creating)
+                await live.housed.wait()
+                if live.record.directory is None:
+                    await self._written(live)  # what a pooled kernel tells goes into the store
             if live.closing is not None:
                 await asyncio.wait({live.closing})
                 backend = self.backend_of(live)  # it may have moved
@@ -345,6 +347,7 @@ class Places:
                     live.become(SessionStatus.READY)
                     return
             await self._enter(live, backend)
+            await self._written(live)
             if live.status is SessionStatus.STARTING:
                 live.become(SessionStatus.READY)
                 self._tell_restored(live, asyncio.get_running_loop().time() - began)
@@ -356,6 +359,16 @@ class Places:
             raise
         finally:
             live.opening = None
+
+    async def _written(self, live: LiveSession) -> None:
+        """Return when the store holds a new session's record.
+
+        Raises:
+            SessionNotFound: It could not be written down: who tried cancels its opening, and waits for that.
+        """
+        self._check_open(live)
+        if live.creating is not None:
+            await asyncio.shield(live.creating)
 
     async def _enter(self, live: LiveSession, backend: SessionBackend) -> None:
         """Open a place and make it ready; another one, where it is lost meanwhile: nothing of any call has run."""
@@ -413,6 +426,7 @@ class Places:
 
     async def _next_record(self, live: LiveSession) -> SessionRecord:
         """A session's record for its next place, one generation later."""
+        await self._written(live)
         record = await self._claim(live)
         generation = record.generation + 1
         await self._store.set_generation(live.session_id, generation)

@@ -388,12 +388,9 @@ class SessionService(LoggingConfigurable):
         live = LiveSession.of(record)
         self._registry.add(live)  # counted from here on, while it starts
         self._set_survivors_aside()
-        live.creating = self._tasks.spawn(self._lifetimes.begin(live))
         with self._carrier.counted(live, None):
             try:
-                await asyncio.shield(live.creating)
-                deadline = asyncio.get_running_loop().time() + self.kernel_start_timeout + self.command_timeout
-                await self._places.ensure(live, Waiter("create_session", deadline))
+                await self._begin(live)
                 if lm is not None:
                     args = {"lm": lm if isinstance(lm, str) else dict(lm)}
                     await self._carrier.call(live, Call("configure", args, self.command_timeout))
@@ -401,6 +398,16 @@ class SessionService(LoggingConfigurable):
                 await self._lifetimes.end(live)
                 raise
         return ServiceSession(self, session_id)
+
+    async def _begin(self, live: LiveSession) -> None:
+        """Write a new session down, and meanwhile open its place."""
+        deadline = asyncio.get_running_loop().time() + self.kernel_start_timeout + self.command_timeout
+        creating = live.creating = self._tasks.spawn(self._lifetimes.begin(live))
+        try:
+            await self._places.ensure(live, Waiter("create_session", deadline))
+        except errors.SessionNotFound:
+            await asyncio.shield(creating)  # it tells why
+            raise
 
     def _cull_policy(self) -> Policy:
         return Policy(self.cull_idle_timeout, self.cull_busy, self.cull_connected, self.session_ttl)

@@ -168,8 +168,8 @@ def test_a_caller_who_asks_only_after_the_refusal_is_told_too(tmp_path):
 
 
 def test_what_was_spent_is_written_again_and_again_and_once_more_at_the_end(tmp_path, monkeypatch):
-    assert keeper_module.SPENT_INTERVAL < 1.0, "the promise is a second"
-    monkeypatch.setattr(keeper_module, "SPENT_INTERVAL", 0.01)
+    assert keeper_module.WRITE_INTERVAL < 1.0, "the promise is a second"
+    monkeypatch.setattr(keeper_module, "WRITE_INTERVAL", 0.01)
 
     async def work() -> None:
         async with kept(tmp_path) as held:
@@ -188,7 +188,7 @@ def test_what_was_spent_is_written_again_and_again_and_once_more_at_the_end(tmp_
 
 
 def test_what_was_being_written_when_the_keeper_stops_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(keeper_module, "SPENT_INTERVAL", 0.01)
+    monkeypatch.setattr(keeper_module, "WRITE_INTERVAL", 0.01)
 
     async def work() -> None:
         async with kept(tmp_path) as held:
@@ -215,7 +215,7 @@ def test_what_was_being_written_when_the_keeper_stops_is_not_lost(tmp_path, monk
 
 
 def test_what_was_spent_and_refused_is_written_when_the_store_takes_it_again(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(keeper_module, "SPENT_INTERVAL", 0.01)
+    monkeypatch.setattr(keeper_module, "WRITE_INTERVAL", 0.01)
 
     async def work() -> None:
         async with kept(tmp_path) as held:

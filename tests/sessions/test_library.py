@@ -24,7 +24,7 @@ from dspex_kernels.sessions.library import Library, Reference
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.sessions.memory_backend import MemoryBackend
 from tests.test_cli import run_cli  # noqa: F401  # a fixture
-from tests.waiting import wait_until
+from tests.waiting import wait_until, wait_until_stored
 
 LOG = logging.getLogger("tests.library")
 
@@ -411,9 +411,10 @@ async def seed_of(session: Any, **options: Any) -> int:
     return int((await session.execute_program("qa", {}, **options))["seed"])
 
 
-async def records_of(service: Service, session_id: str) -> list[ProgramRecord]:
+async def records_of(service: Service, session_id: str, versions: int = 1) -> list[ProgramRecord]:
     async with SQLStore(service.store_url) as store:
-        return (await store.get(session_id)).contents.programs["qa"]
+        told = await wait_until_stored(store, session_id, lambda told: len(told.programs.get("qa", ())) == versions)
+        return told.programs["qa"]
 
 
 class TestMakingPrograms:
@@ -525,7 +526,7 @@ class TestFollowing:
                 assert await seed_of(session) == 30
                 assert (await session.get_program("qa"))["version"] == 2
                 assert service.memory.taken() == 1
-                kept = await records_of(service, "follower")
+                kept = await records_of(service, "follower", versions=2)
                 assert [(known.version, known.library_version) for known in kept] == [(1, 1), (2, 3)]
 
         run(work())
@@ -696,7 +697,7 @@ class TestFollowing:
                     await seed_of(session)
                 assert died.value.retryable, "nothing of the call ran"
                 assert await seed_of(session) == 20
-                assert [known.version for known in await records_of(service, "follower")] == [1, 2]
+                assert [known.version for known in await records_of(service, "follower", versions=2)] == [1, 2]
 
         run(work())
 

@@ -73,6 +73,9 @@ class History:
         with self._lock:
             return [entry for entry, _ in (self._entries or {}).values()]
 
+    def __len__(self) -> int:
+        return len(self._entries or ())
+
     def pop(self, index: SupportsIndex) -> dict[str, Any]:
         """Forget one."""
         with self._lock:
@@ -113,7 +116,7 @@ class SessionHistory:
         self._history().clear()
 
     def __len__(self) -> int:
-        return len(self._history().entries())
+        return len(self._history())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._history().entries())
