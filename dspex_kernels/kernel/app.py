@@ -51,8 +51,8 @@ MAX_AGE_DAYS = 30
 
 
 GC_THRESHOLDS = (10_000, 20, 20)
-"""For the garbage collector. What a prediction makes dies by itself; looking for the rest as often as Python does by
-itself (700, 10, 10) takes a tenth of the time of predictions side by side."""
+"""For the garbage collector. What a prediction makes dies by itself; looking for the rest as often as Python does
+unasked (700, 10, 10) takes a tenth of the time of predictions side by side."""
 
 END_TIMEOUT = 5.0
 """Seconds for the control thread to end: it answers its last message."""
