@@ -137,6 +137,7 @@ class DSPexKernelApp(IPKernelApp):
         self._wires.start()
         self._commands = CommandThread()
         self._commands.start()
+        self.journals.submit(int)  # an executor starts its thread with the first work
         if not is_wanted():
             rehearsal.warm(is_wanted, self._commands)
 
@@ -158,6 +159,7 @@ class DSPexKernelApp(IPKernelApp):
         shell.set_custom_exc((errors.CallStopped,), _show_stopped)
         magics.load(shell, kernel.asker)
         self.kernel, self.shell = kernel, shell
+        self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
         self.init_extensions()  # without configuration, IPython's own only
         logs.install(self._named_call)
 
@@ -275,7 +277,6 @@ class DSPexKernelApp(IPKernelApp):
         self.policy, identity = self._policy(), self._identity()  # first: what is refused has opened nothing
         self.threads = Threads()
         self.shelf = Shelf()
-        self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
         thread = self._commands or CommandThread()
         self.dispatcher = Dispatcher(
             identity,

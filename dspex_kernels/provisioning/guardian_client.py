@@ -255,7 +255,7 @@ class Guardian:
         self._queue: deque[_Request] = deque()
         self._stopping = False
         self._stopped: Future[None] = _running()
-        self._alarm: tuple[float, Callable[[], object]] | None = None
+        self._alarms: dict[object, tuple[float, Callable[[], object]]] = {}
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # These are the thread's own.
         self._asked: dict[int, _Request] = {}
@@ -375,20 +375,23 @@ class Guardian:
                 os.eventfd_write(self._wakeup, 1)
         return self._stopped
 
-    def call_later(self, seconds: float, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called in the guardian's thread, unless this is asked again before."""
+    def call_later(self, whose: object, seconds: float, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called in the guardian's thread, instead of what the same one had asked for before."""
         with self._guard:
             if not self._stopping:
-                self._alarm = (time.monotonic() + seconds, callback)
+                self._alarms[whose] = time.monotonic() + seconds, callback
                 os.eventfd_write(self._wakeup, 1)
 
     def _wait(self, poll: select.poll) -> list[tuple[int, int]]:
         """What is to be read or written now. Calls who is due to be called meanwhile."""
-        alarm = self._alarm
-        found = poll.poll(None if alarm is None else max(0.0, alarm[0] - time.monotonic()) * 1000)
-        if alarm is not None and alarm is self._alarm and time.monotonic() >= alarm[0]:
-            self._alarm = None
-            alarm[1]()
+        with self._guard:
+            next_at = min((at for at, _ in self._alarms.values()), default=None)
+        found = poll.poll(None if next_at is None else max(0.0, next_at - time.monotonic()) * 1000)
+        now = time.monotonic()
+        with self._guard:
+            due = [self._alarms.pop(whose)[1] for whose, (at, _) in list(self._alarms.items()) if at <= now]
+        for callback in due:
+            callback()
         return found
 
     def _put(self, request: _Request) -> bool:

@@ -73,7 +73,7 @@ class Guardians:
                 return None
             self._users -= 1
         if self.linger > 0:
-            guardian.call_later(self.linger, lambda: self._end_unused(guardian))
+            guardian.call_later(self, self.linger, lambda: self._end_unused(guardian))
             return None
         return self._end_unused(guardian)
 

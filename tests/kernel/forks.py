@@ -74,7 +74,7 @@ def main() -> None:
         asked = json.loads(line)
         match asked["what"]:
             case "fork":
-                answer = _fork(built, children)
+                answer = _fork(built, children, lean=asked["lean"])
             case "assign":
                 answer = _assign(children[asked["pid"]], asked)
             case "exited":  # and is kept for "wait"
@@ -119,7 +119,7 @@ def _state() -> dict[str, Any]:
     }
 
 
-def _fork(built: Any, children: dict[int, socket.socket]) -> dict[str, Any]:
+def _fork(built: Any, children: dict[int, socket.socket], *, lean: bool = False) -> dict[str, Any]:
     ours, theirs = socket.socketpair()
     began = time.monotonic()
     pid = os.fork()
@@ -128,6 +128,7 @@ def _fork(built: Any, children: dict[int, socket.socket]) -> dict[str, Any]:
             other.close()
         os.setsid()
         gc.enable()
+        os.environ["DSPEX_LEAN"] = str(int(lean))  # as in a fork server of such kernels
         _live(built, theirs)
     theirs.close()
     children[pid] = ours

@@ -32,7 +32,7 @@ class Forked:
         self.connection_file = directory / "k.json"
         self.env = {name: os.environ[name] for name in OWN if name in os.environ}
         self.env |= {"IPYTHONDIR": str(directory / "ipython"), "JUPYTER_DATA_DIR": str(directory), **env}
-        self.pid = forks.ask("fork")["pid"]
+        self.pid = forks.ask("fork", lean=env.get("DSPEX_LEAN") == "1")["pid"]
         told = {"transport": transport, "key": secrets.token_hex(16).encode()}
         if transport == "ipc":
             told["ip"] = str(directory / "k")
@@ -182,6 +182,15 @@ def test_what_a_kernel_did_while_it_stood_by_is_undone(fork: Callable[..., Forke
     assert kernel.value("len(__import__('logging').getLogger('tornado').handlers)") == 1
     assert kernel.value("[t.name for t in __import__('threading').enumerate()].count('IOPub')") == 1
     assert kernel.value("'session_rehearsal' in str(get_ipython().kernel.dispatcher._namespaces)") is False
+
+
+def test_a_lean_kernel_that_stood_by_runs_the_threads_that_it_made_then_and_no_more(
+    fork: Callable[..., Forked],
+) -> None:
+    kernel = fork(LEAN).start()
+    names = kernel.value("sorted(t.name for t in __import__('threading').enumerate())")
+    channels = ["Control", "IOPub", "MainThread", "Shell channel"]
+    assert names == [*channels, "dspex-commands", "dspex-dspy_0", "dspex-journal_0"]
 
 
 DRAWN = (

@@ -293,6 +293,7 @@ def test_no_kernel_stands_by_before_one_was_used_and_then_they_are_handed_out(fo
     wait_for(lambda: len(forks.server.standby) == 2, what="two that stand by")
     standing = forks.server.standby
     assert forks.take(2).pid == standing[0]
+    forks.server.refill()
     wait_for(lambda: len(forks.server.standby) == 2, what="another")
 
 
@@ -339,8 +340,8 @@ def test_kernels_that_keep_dying_while_they_stand_by_are_not_replaced_for_ever(f
         os.kill(pid, signal.SIGKILL)
         dead.append(pid)
     wait_for(lambda: not forks.server.standby, what="no more")
-    forks.server.refill()
-    assert forks.server.standby == []
+    forks.server._refill_now()
+    assert not forks.server._is_refilling
     assert forks.run("ready()").ended.result(60) == 0
 
 
