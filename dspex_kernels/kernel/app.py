@@ -238,17 +238,16 @@ class DSPexKernelApp(IPKernelApp):
         self.shell_socket, self.stdin_socket, self.control_socket = wires.shell, wires.stdin, wires.control
         self.control_thread, self.shell_channel_thread = wires.control_thread, wires.shell_channel_thread
         self.configure_tornado_logger()
-        given = self._ports
         wires.bind(self._bind_channel)
         self.iopub_thread, self.iopub_socket = wires.iopub_thread, wires.iopub_thread.background_socket
-        if self._ports != given:
-            self.write_connection_file()
+        self.write_connection_file()
 
     def _bind_channel(self, channel: str, socket: zmq.Socket[bytes]) -> None:
         """Called for each channel of a lean kernel, in the thread that will read it."""
         self._apply_curve_server_options(socket)
         port = f"{channel}_port"
-        setattr(self, port, self._bind_socket(socket, getattr(self, port)))
+        self._ports[channel] = self._bind_socket(socket, getattr(self, port))
+        setattr(self, port, self._ports[channel])
 
     def close(self) -> None:
         """Called at the process's end: the context waits for sockets that are not closed."""

@@ -193,6 +193,21 @@ def test_a_lean_kernel_that_stood_by_runs_the_threads_that_it_made_then_and_no_m
     assert names == [*channels, "dspex-commands", "dspex-dspy_0", "dspex-journal_0"]
 
 
+@pytest.mark.parametrize("env", [LEAN, {}], ids=["lean", "full"])
+def test_a_kernel_that_is_told_no_ports_picks_some_and_tells_them(
+    fork: Callable[..., Forked], env: dict[str, str]
+) -> None:
+    kernel = fork(env, transport="tcp")
+    ports = [f"{name}_port" for name in ("shell", "iopub", "stdin", "hb", "control")]
+    told = json.loads(kernel.connection_file.read_text())
+    kernel.connection_file.write_text(json.dumps({**told, **dict.fromkeys(ports, 0)}))
+    kernel.start()
+    written = json.loads(kernel.connection_file.read_text())
+    assert len({written[port] for port in ports} - {0}) == len(ports)
+    recorded = kernel.ask("connect_request", {})
+    assert {port: recorded[port] for port in ports} == {port: written[port] for port in ports}
+
+
 DRAWN = (
     "[get_ipython().kernel.ident, get_ipython().kernel.session.session, __import__('uuid').uuid4().hex, "
     "__import__('random').random(), __import__('dspex_kernels.kernel.lms.gate').kernel.lms.gate._salt.hex()]"
