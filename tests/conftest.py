@@ -53,6 +53,14 @@ def _set_environment() -> None:
 
 _set_environment()
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Called before the workers are counted: stress tests measure, so nothing else runs beside them."""
+    if config.option.markexpr == "stress":
+        config.option.numprocesses, config.option.dist = 0, "no"
+
+
 # These read the environment when they are imported.
 from tests.lm_server import LMServer  # noqa: E402  # see above
 

@@ -41,7 +41,7 @@ EXIT_TIMEOUT = guardian.END_TIMEOUT + 5.0
 """Seconds in which a guardian that has closed its socket must be gone."""
 
 _CHUNK_BYTES = 1 << 16
-_KEPT = ("LD_LIBRARY_PATH", sweep.ENV_SERVICE_ID)
+_KEPT = ("LD_LIBRARY_PATH", sweep.ENV_SERVICE)
 """What the guardian gets of the service's environment: to find Python's library, to be found by an outer sweep."""
 _PROGRAM = (
     *(sys.executable, "-I", "-S", "-X", "utf8", "-c"),
@@ -228,7 +228,7 @@ class Guardian:
     """A service's guardian: started at once, and started anew for later kernels should it be killed.
 
     Args:
-        service_id: Every kernel gets it as ``DSPEX_SERVICE_ID``; a file name.
+        service_id: A file name.
         services: Where services have their directories. What dead ones left there is ended first.
         lease: One more open file that the service has locked (``flock``), beside the lock in its directory: however
             the service ends, both are free only when it and all its kernels are gone. ``stop`` leaves this one to
@@ -292,7 +292,7 @@ class Guardian:
 
         Args:
             argv: The program, found by ``env``'s PATH, and its arguments.
-            env: The whole environment; ``DSPEX_SERVICE_ID`` and ``JPY_PARENT_PID`` are added.
+            env: The whole environment; ``DSPEX_SERVICE`` and ``JPY_PARENT_PID`` are added.
             cwd: Where it runs; None is where the service is.
             stdin: As Popen has it, without PIPE.
             stdout: Likewise.
@@ -352,7 +352,7 @@ class Guardian:
 
     def _environment(self, env: Mapping[str, str]) -> dict[str, str]:
         named = {_text(name): _text(value) for name, value in env.items()}
-        return {**named, sweep.ENV_SERVICE_ID: self.service_id}
+        return {**named, sweep.ENV_SERVICE: sweep.mark_of(self.directory)}
 
     def _ask(self, operation: str, content: dict[str, Any], descriptors: Sequence[int] = ()) -> Future[Any]:
         answer = _running()

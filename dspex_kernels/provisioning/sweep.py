@@ -21,8 +21,8 @@ from pathlib import Path
 from dspex_kernels import errors, logs
 from dspex_kernels.provisioning import guardian
 
-ENV_SERVICE_ID = "DSPEX_SERVICE_ID"
-"""In the environment of every kernel of a service, and so of all that it starts: whose it is."""
+ENV_SERVICE = "DSPEX_SERVICE"
+"""In the environment of every kernel of a service, and so of all that it starts: whose it is (``mark_of``)."""
 KILL_TIMEOUT = 5.0
 """Seconds for killed processes to be gone."""
 
@@ -128,13 +128,18 @@ def _sweep_service(directory: Path) -> bool:
         os.close(lock)
 
 
+def mark_of(directory: Path) -> str:
+    """What the processes of the service carry whose directory that is; its id alone may be another's elsewhere."""
+    return os.path.realpath(directory)
+
+
 def end_recorded(directory: Path) -> list[int]:
     """End all processes of one service, as its records and their environment name them; keep its files.
 
     Returns:
         The processes that would not end.
     """
-    return end_processes(directory.name, _recorded(directory))
+    return end_processes(mark_of(directory), _recorded(directory))
 
 
 def _recorded(directory: Path) -> set[tuple[int, int]]:
@@ -147,25 +152,25 @@ def _recorded(directory: Path) -> set[tuple[int, int]]:
     return found
 
 
-def end_processes(service_id: str, recorded: Collection[tuple[int, int]]) -> list[int]:
+def end_processes(mark: str, recorded: Collection[tuple[int, int]]) -> list[int]:
     """Kill the recorded processes, all below them, and all that carry the service's mark.
 
     Args:
-        service_id: The mark's value.
+        mark: As ``mark_of`` gives it.
         recorded: Process ids with start times.
 
     Returns:
         The processes that would not end within ``KILL_TIMEOUT``; [] when all is gone.
     """
     deadline = time.monotonic() + KILL_TIMEOUT
-    while found := _find(service_id, recorded):
+    while found := _find(mark, recorded):
         if time.monotonic() >= deadline:
             return sorted(pid for pid, _ in found)
         held = _Held()
         try:
             # Stopped first: what forks while it is being killed would not be outrun.
             while held.stop(found):
-                found = _find(service_id, {*recorded, *found})
+                found = _find(mark, {*recorded, *found})
             held.kill(deadline)
         finally:
             held.close()
@@ -222,15 +227,15 @@ class _Held:
             os.close(descriptor)
 
 
-def _find(service_id: str, known: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+def _find(mark: str, known: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
     """The living processes of a service: those known, those marked, and all below them. Never ourselves."""
-    mark = f"{ENV_SERVICE_ID}={service_id}".encode()
+    marked = os.fsencode(f"{ENV_SERVICE}={mark}")
     table = _process_table()
     spared = _line_of(os.getpid(), table)
     found = {
         (pid, start_time)
         for pid, (_, start_time) in table.items()
-        if pid not in spared and ((pid, start_time) in known or mark in _environment(pid))
+        if pid not in spared and ((pid, start_time) in known or marked in _environment(pid))
     }
     below: dict[int, list[int]] = {}
     for pid, (parent, _) in table.items():

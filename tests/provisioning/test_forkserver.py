@@ -122,7 +122,7 @@ print(beside.WORD, sys.stdin.read(), subprocess.check_output("printf %s $A", she
     env = {"A": "ä\udcff", "PATH": os.environ["PATH"], leaks.RUN_VARIABLE: os.environ[leaks.RUN_VARIABLE]}
     with (tmp_path / "input").open() as file:
         told = forks.output(code, env=env, stdin=file)
-    names = ["A", "DSPEX_SERVICE_ID", "JPY_PARENT_PID", leaks.RUN_VARIABLE, "PATH"]
+    names = ["A", "DSPEX_SERVICE", "JPY_PARENT_PID", leaks.RUN_VARIABLE, "PATH"]
     assert told.splitlines() == [
         rf"{names} '\xe4\udcff' {tmp_path} __main__.py -f",
         r"imported read b'\xc3\xa4\xff'",

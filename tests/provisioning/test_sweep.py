@@ -108,7 +108,7 @@ def test_the_process_that_sweeps_and_its_ancestors_are_spared(tmp_path):
     code += "; print(sweep.sweep(pathlib.Path(sys.argv[1])))"
     terminal = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
     argv = [*PYTHON, terminal, sys.executable, "-c", code, str(tmp_path)]
-    env = {**os.environ, sweep.ENV_SERVICE_ID: "dead"}
+    env = {**os.environ, sweep.ENV_SERVICE: sweep.mark_of(directory)}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['dead']"
     assert not directory.exists()
