@@ -13,6 +13,7 @@ from dspex_kernels import SessionService
 from dspex_kernels.provisioning import guardian as guardian_process
 from tests.stress import figures
 from tests.stress.services import descriptors_of, memory_of, side_by_side, started
+from tests.waiting import wait_until
 
 SESSIONS = figures.scaled(1000)
 WORKERS = 4
@@ -105,11 +106,19 @@ def test_a_thousand_dedicated_sessions_live_at_once_and_are_quiet(tmp_path):
 def test_a_kernel_of_its_own_is_small(standby, most_idle_mib, most_used_mib, tmp_path):
     """One that stood by has lived its first moments: it is as large as others are after a program."""
 
+    def are_parked(service: SessionService) -> bool:
+        guardian = service._kernels._guardian
+        standing = [pid for server in guardian.fork_servers.all() for pid in server.standby]
+        has_threads = [len(list(Path(f"/proc/{pid}/task").iterdir())) > 1 for pid in standing]
+        at_it = list(guardian.directory.glob(f"{guardian_process.REHEARSAL_PREFIX}*"))
+        return len(standing) == standby and all(has_threads) and not at_it
+
     async def work() -> None:
         async with started(tmp_path, "dedicated", standby=standby) as service:
             ids = [f"session-{number}" for number in range(SMALL)]
             for one in ids:
                 await service.create_session("owner", session_id=one)
+                await wait_until(lambda: are_parked(service), deadline=30, what="kernels that stand by")
             pids = [info.kernel_pid for info in await service.list_sessions()][FIRST:]
             idle_mib = sum(map(memory_of, pids)) / len(pids) / 2**20
             for one in ids:
