@@ -61,7 +61,8 @@ class LoopSocket:
                 return False
             # Sending may have taken note of what came in, of which the descriptor does not tell again then.
             if self._events() & zmq.POLLIN:
-                self._loop.call_soon(self._read)
+                with contextlib.suppress(RuntimeError):  # a loop that is closed reads nothing any more
+                    self._loop.call_soon(self._read)
         return True
 
     async def until_writable(self) -> None:

@@ -136,3 +136,19 @@ def test_it_is_closed_from_any_thread_and_more_than_once(context, router):
         there.close(linger=0)
 
     run(work())
+
+
+def test_what_is_sent_when_the_loop_has_ended_still_leaves_though_more_has_come(context, router):
+    made: list[LoopSocket] = []
+
+    async def work() -> None:
+        made.append(LoopSocket(router, lambda frames: None))
+
+    peer = dealer(context, router, identity=b"peer")
+    run(work())
+    peer.send(b"nobody reads this any more")
+    assert router.poll(10_000)
+    assert made[0].send([b"peer", b"the last answer"])
+    assert peer.recv() == b"the last answer"
+    made[0].close(linger=0)
+    peer.close(linger=0)

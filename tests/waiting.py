@@ -63,7 +63,7 @@ def _too_late(what: str, deadline: float, value: object) -> str:
 async def wait_until_stored(
     store: SessionStore, session_id: str, condition: Callable[[SessionContents], bool], *, deadline: float = 10.0
 ) -> SessionContents:
-    """What a store holds of a session, once that is so: a journal's changes reach it soon after their replies."""
+    """What a store holds of a session, once that is so: a journal's changes reach it within a second."""
     end = time.monotonic() + deadline
     while not condition(contents := (await store.get(session_id)).contents):
         if time.monotonic() >= end:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,7 @@ class DSPexKernelApp(IPKernelApp):
     """Of a lean kernel."""
 
     _commands: CommandThread | None = None
+    _binding = threading.Lock()
 
     _built_with: Config | None = None
     """The configuration of the kernel that is built; None while there is none."""
@@ -94,6 +96,7 @@ class DSPexKernelApp(IPKernelApp):
     @catch_config_error
     def initialize(self, argv: list[str] | None = None) -> None:
         """Start up, or say in one line why not, and exit."""
+        gc.set_threshold(*GC_THRESHOLDS)  # before what a notebook's user has run first, who may know better
         try:
             self.lean = _flag(config.ENV_LEAN, default="0")
             self._take_environment()
@@ -116,6 +119,7 @@ class DSPexKernelApp(IPKernelApp):
         """As stock, without what only notebooks expect: a profile, its configuration, a poller, a debugger."""
         self.parse_command_line(argv)
         self.init_crash_handler()
+        self.init_blackhole()
         self.init_connection_file()
         self.init_sockets()
         self.init_io()
@@ -124,6 +128,8 @@ class DSPexKernelApp(IPKernelApp):
         self.init_path()
         self.init_shell()
         self.init_gui_pylab()
+        if not self.shell.extension_manager.loaded:  # else the template has
+            self.init_extensions()
         if self.hide_initial_ns:
             self.shell.user_ns_hidden.update(self.shell.user_ns)
 
@@ -160,7 +166,6 @@ class DSPexKernelApp(IPKernelApp):
         magics.load(shell, kernel.asker)
         self.kernel, self.shell = kernel, shell
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
-        self.init_extensions()  # without configuration, IPython's own only
         logs.install(self._named_call)
 
     def _build_anew(self) -> None:
@@ -199,9 +204,7 @@ class DSPexKernelApp(IPKernelApp):
     def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> int:
         """Called with each socket before it is bound: no reply is dropped because its reader is slow."""
         if s.socket_type == zmq.ROUTER:
-            # By default a ROUTER drops in silence what exceeds 1000 messages to a peer: of 9000 commands of a
-            # client that did not read meanwhile, 2500 were never answered.
-            s.sndhwm = 0
+            s.sndhwm = 0  # as in ``Wires``
         bound: int = super()._bind_socket(s, port)
         return bound
 
@@ -238,16 +241,20 @@ class DSPexKernelApp(IPKernelApp):
         self.shell_socket, self.stdin_socket, self.control_socket = wires.shell, wires.stdin, wires.control
         self.control_thread, self.shell_channel_thread = wires.control_thread, wires.shell_channel_thread
         self.configure_tornado_logger()
+        if self.transport == "tcp" and self.curve_secretkey is None:
+            self.log.warning("this kernel runs over tcp without encryption: others may read what is said to it")
+        self._ports: dict[str, int] = {}
         wires.bind(self._bind_channel)
         self.iopub_thread, self.iopub_socket = wires.iopub_thread, wires.iopub_thread.background_socket
         self.write_connection_file()
 
     def _bind_channel(self, channel: str, socket: zmq.Socket[bytes]) -> None:
         """Called for each channel of a lean kernel, in the thread that will read it."""
-        self._apply_curve_server_options(socket)
         port = f"{channel}_port"
-        self._ports[channel] = self._bind_socket(socket, getattr(self, port))
-        setattr(self, port, self._ports[channel])
+        with self._binding:  # over ipc a free "port" is looked for, and taken when it is bound
+            self._apply_curve_server_options(socket)
+            self._ports[channel] = self._bind_socket(socket, getattr(self, port))
+            setattr(self, port, self._ports[channel])
 
     def close(self) -> None:
         """Called at the process's end: the context waits for sockets that are not closed."""
@@ -260,7 +267,6 @@ class DSPexKernelApp(IPKernelApp):
 
     def start(self) -> None:
         """Be the kernel until it is shut down."""
-        gc.set_threshold(*GC_THRESHOLDS)
         super().start()
         # Before iopub ends, which is at exit: what control answered last flushes the output, and would wait for
         # iopub for ten seconds.

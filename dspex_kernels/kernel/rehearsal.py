@@ -1,8 +1,8 @@
 """A short kernel's life, lived ahead: what a kernel does for the first time costs, and its forks need not pay.
 
 ``warm`` runs commands in the process that forks: modules are imported, validators built, caches filled, code is
-specialised by the interpreter. It makes no thread, and leaves none of what it made; meanwhile it writes to the
-current directory. A kernel that stands by does it too, for then its pages are its own already.
+specialised by the interpreter. Unless it is given a thread, it makes none, and it leaves none of what it made;
+meanwhile it writes to the current directory. A kernel that stands by does it too: its pages are its own then.
 ``Visitor`` asks a kernel that runs, in a throw-away child, what a person and a service ask one: so a fork server
 learns what else is imported.
 """

@@ -99,8 +99,10 @@ class Road:
     def close(self) -> None:
         """Close the socket; from any thread. Called when no command runs any more."""
         if self._channel is not None:
-            self._send_all()
-            self._channel.close(linger=LINGER_MS)
+            try:
+                self._send_all()  # what the loop's last turn left
+            finally:
+                self._channel.close(linger=LINGER_MS)
         else:
             self._socket.close(linger=0)
 

@@ -40,6 +40,7 @@ def build() -> Template:
     rehearsal.warm()
     app = DSPexKernelApp.instance()
     app.build()
+    app.init_extensions()  # without configuration, IPython's own only
     return Template(app)
 
 

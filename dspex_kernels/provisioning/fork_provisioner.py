@@ -7,6 +7,7 @@ logged once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from concurrent.futures import Future
@@ -58,7 +59,7 @@ class ForkServerProvisioner(GuardedProvisioner):
         return await super()._launch(cmd, options)
 
     async def _fork(self, cmd: list[str], options: dict[str, Any]) -> GuardedProcess:
-        """A kernel that was forked, and serves.
+        """A kernel that was forked, and whose sockets are bound.
 
         Raises:
             NoFork: It has to be started plainly.
@@ -68,14 +69,13 @@ class ForkServerProvisioner(GuardedProvisioner):
         assert self._guardian is not None
         origin = Origin.of(cmd, options["env"])
         server = self._guardian.fork_servers.of(origin)
-        for _ in range(MAX_ASSIGNMENTS):
-            kernel = await self._take(server)
-            try:
-                return await self._answer(self._assign(kernel, origin, cmd, options))
-            except ConnectionError:
-                continue  # it died before it knew whose it was
-            finally:
-                server.refill()
+        try:
+            for _ in range(MAX_ASSIGNMENTS):
+                kernel = await self._take(server)
+                with contextlib.suppress(ConnectionError):  # it died before it knew whose it was
+                    return await self._answer(self._assign(kernel, origin, cmd, options))
+        finally:
+            server.refill()
         raise NoFork(f"{MAX_ASSIGNMENTS} forked kernels died before they could be used")
 
     async def _take(self, server: ForkServer) -> GuardedProcess:

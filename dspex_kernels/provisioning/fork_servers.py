@@ -180,7 +180,7 @@ class ForkServer:
         return taken
 
     def refill(self) -> None:
-        """Have kernels forked ahead again, soon. Called when one that was taken has begun to serve."""
+        """Have kernels forked ahead again, soon. Called when one that was taken is bound, or is lost."""
         with self._lock:
             if not self._will_refill:
                 self._will_refill = True

@@ -77,7 +77,7 @@ class Template(Protocol):
         """
 
     def park(self, is_wanted: Callable[[], bool]) -> None:
-        """Do, and undo, what a kernel does first, and leave one thread.
+        """Do ahead what a kernel does first; what belongs to nobody's kernel is undone.
 
         Called in a child that is not told at once whose kernel it is, in a directory of its own: it stands by, and
         has time.

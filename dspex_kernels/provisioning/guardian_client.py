@@ -104,7 +104,7 @@ class GuardedProcess:
     def assign(
         self, assignment: Mapping[str, Any], streams: Sequence[Stream], paths: Iterable[str] = ()
     ) -> Future[GuardedProcess]:
-        """Of a forked kernel: tell it whose it is. Done, with the kernel itself, when it serves.
+        """Of a forked kernel: tell it whose it is. Done, with the kernel itself, when its sockets are bound.
 
         Args:
             assignment: As ``forkserver.apply`` takes it.
@@ -419,15 +419,21 @@ class Guardian:
                 if self._stopping:
                     break
                 # Not before it is needed: a guardian that cannot live would be started over and over.
-                poll = select.poll()
-                poll.register(self._wakeup, select.POLLIN)
-                self._wait(poll)
+                self._wait_until_needed()
             self._clear()
         except Exception as failure:  # noqa: BLE001  # whatever broke, nobody may wait for this thread any more
             _log.exception(
                 "service %s: the thread of its guardian broke; it starts no more kernels", self.service_id
             )
             self._give_up(failure)
+
+    def _wait_until_needed(self) -> None:
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        while not (self._queue or self._stopping):
+            self._wait(poll)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wakeup)
 
     def _prepare(self) -> None:
         try:

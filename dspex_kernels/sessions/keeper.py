@@ -238,10 +238,13 @@ class Keeper:
             )
         )
 
-    @staticmethod
-    async def _write_all(waiting: list[tuple[Callable[[LiveSession], Awaitable[None]], LiveSession]]) -> None:
+    async def _write_all(self, waiting: list[tuple[Callable[[LiveSession], Awaitable[None]], LiveSession]]) -> None:
         for start in range(0, len(waiting), MAX_WRITING):
-            await asyncio.gather(*(save(live) for save, live in waiting[start : start + MAX_WRITING]))
+            part = waiting[start : start + MAX_WRITING]
+            done = await asyncio.gather(*(save(live) for save, live in part), return_exceptions=True)
+            for (_, live), failure in zip(part, done, strict=True):
+                if failure is not None:  # of a store that breaks its word; the others' are written all the same
+                    self._log.error("session %s: it could not be written", live.session_id, exc_info=failure)
 
     async def _save_spent(self, live: LiveSession) -> None:
         if live.spent is None or live.status is SessionStatus.DESTROYED:

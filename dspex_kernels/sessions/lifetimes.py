@@ -101,10 +101,10 @@ class Lifetimes:
             self._listeners.tell(SessionCreated(**live.about()))
         except BaseException:
             live.become(SessionStatus.DESTROYED)
+            self._registry.leave(live)
             await self._places.cancel_opening(live)  # it may be under way in the directory
             if has_directory:
                 await asyncio.to_thread(_remove_directory, live)
-            self._registry.leave(live)
             self._registry.free(live)
             raise
         finally:

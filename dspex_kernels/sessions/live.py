@@ -84,7 +84,7 @@ class LiveSession:
     lm_with_key: LMProfileArgs | None = None
     """The LM profile as it was given, when a key came with it: a new kernel must be told it again."""
     fresh: bool = False
-    """It was made just now and has had no place: what the store holds of it is ``record``."""
+    """It was made just now and has had no place: what the store holds of it, or will, is ``record``."""
     held: bool = False
     """This service has the session (``tenure``): no other opens or destroys it meanwhile."""
     refused: tuple[int, DSPexError] | None = None

@@ -348,6 +348,8 @@ class Places:
                     return
             await self._enter(live, backend)
             await self._written(live)
+            if self.of(live) is None:  # it was lost meanwhile, and nobody is told while it starts
+                await self._enter(live, backend)
             if live.status is SessionStatus.STARTING:
                 live.become(SessionStatus.READY)
                 self._tell_restored(live, asyncio.get_running_loop().time() - began)
@@ -366,7 +368,8 @@ class Places:
         Raises:
             SessionNotFound: It could not be written down: who tried cancels its opening, and waits for that.
         """
-        self._check_open(live)
+        if live.status is SessionStatus.DESTROYED:
+            raise not_found(live.session_id)
         if live.creating is not None:
             await asyncio.shield(live.creating)
 

@@ -68,6 +68,18 @@ class TestStart:
         run(work())
 
 
+def hold_up_creations(service: Any, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """The store writes new sessions down once that is set."""
+    going, create = asyncio.Event(), service._store.create
+
+    async def held_up(record: Any) -> None:
+        await going.wait()
+        await create(record)
+
+    monkeypatch.setattr(service._store, "create", held_up)
+    return going
+
+
 class TestIdsAndLimits:
     def test_an_id_is_generated_or_given_and_stands_for_one_session(self, make):
         async def work() -> None:
@@ -342,6 +354,46 @@ class TestOpening:
                 assert await service.list_sessions() == []
                 assert list((tmp_path / "sessions").iterdir()) == []
                 await service.create_session(session_id="s")
+
+        run(work())
+
+    @only_dedicated
+    def test_a_session_is_written_down_while_its_place_is_opened_and_is_there_when_both_are_done(
+        self, make, monkeypatch
+    ):
+        async def work() -> None:
+            async with make() as service:
+                going = hold_up_creations(service, monkeypatch)
+                creating = asyncio.create_task(service.create_session(session_id="s"))
+                await wait_until(lambda: service.memory.get_place("s"), what="the place")
+                assert not creating.done()
+                service.memory.lose("s")  # nobody is told of a place that is lost before it is ready
+                going.set()
+                await creating
+                assert service.memory.get_place("s") is not None
+                assert (await service.get_session_info("s")).generation == 2
+
+        run(work())
+
+    @only_dedicated
+    def test_a_session_that_is_destroyed_while_it_is_written_down_has_not_failed(self, make, monkeypatch):
+        async def work() -> None:
+            async with make() as service:
+                told: list[str] = []
+                service.listeners.add(lambda happening: told.append(type(happening).__name__))
+                going = hold_up_creations(service, monkeypatch)
+                creating = asyncio.create_task(service.create_session(session_id="s"))
+                await wait_until(lambda: service.memory.get_place("s"), what="the place")
+                destroying = asyncio.create_task(service.destroy_session("s"))
+                await asyncio.sleep(0)
+                going.set()
+                await destroying
+                with pytest.raises(errors.SessionNotFound):
+                    await creating
+                assert [name for name in told if name.startswith("Session")] == [
+                    "SessionCreated",
+                    "SessionDestroyed",
+                ]
 
         run(work())
 
