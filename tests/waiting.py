@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from dspex_kernels.protocol.records import SessionContents
@@ -58,6 +61,17 @@ async def wait_until(condition: Callable[[], T], *, deadline: float = 10.0, what
 
 def _too_late(what: str, deadline: float, value: object) -> str:
     return f"waited {deadline:g} s for {what}; its last value was {value!r}"
+
+
+def halt(pid: int) -> None:
+    """Stop a process, and return when all its threads stand still: they go on for a moment after the signal."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+
+    def stands_still() -> bool:
+        return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir())
+
+    wait_for(stands_still, what=f"process {pid} to stand still")
 
 
 async def wait_until_stored(

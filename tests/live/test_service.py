@@ -19,7 +19,7 @@ from jupyter_client.asynchronous import AsyncKernelClient
 from dspex_kernels import SessionService, config, connect_kernel, errors
 from dspex_kernels.sessions.store.sql import SQLStore
 from tests.live.births import wait_for_standby
-from tests.waiting import wait_until, wait_until_stored
+from tests.waiting import halt, wait_until, wait_until_stored
 
 SLOW = {"model": "offline/echo", "cache": False, "offline": {"latency_s": 60}}
 
@@ -233,7 +233,7 @@ def test_a_stopped_kernel_costs_its_caller_the_deadline_and_others_nothing(make)
         async with make() as service:
             hung, other = [await service.create_session(lm="offline/echo") for _ in range(2)]
             await other.create_program("qa", "question -> answer")
-            os.kill((await service.get_session_info(hung.session_id)).kernel_pid, signal.SIGSTOP)
+            halt((await service.get_session_info(hung.session_id)).kernel_pid)
             call = asyncio.create_task(hung.list_programs(timeout=0.2))
             async with asyncio.timeout(2):
                 assert (await other.execute_program("qa", {"question": "?"})).answer

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dspex_kernels.provisioning import guardian as guardian_process
 from dspex_kernels.provisioning.guardian_client import GuardedProcess, Guardian
-from tests.waiting import wait_for
+from tests.waiting import halt, wait_for
 
 PYTHON = (sys.executable, "-I", "-S", "-c")
 
@@ -144,7 +144,7 @@ class ServiceProcess:
 
     def kill_with_guardian(self) -> None:
         """Both, without the guardian doing anything about it."""
-        os.kill(self.guardian.pid, signal.SIGSTOP)
+        halt(self.guardian.pid)
         self.kill()
         os.kill(self.guardian.pid, signal.SIGKILL)
         wait_until_gone(self.guardian)

@@ -15,7 +15,7 @@ from dspex_kernels.provisioning import guardian as guardian_process
 from dspex_kernels.provisioning.fork_servers import NoFork, Origin
 from tests import leaks
 from tests.provisioning.families import Identity, wait_until_gone
-from tests.waiting import wait_for
+from tests.waiting import halt, wait_for
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.provisioning.forkable"
@@ -225,7 +225,7 @@ def test_kernels_outlive_their_fork_server_and_the_next_one_has_a_new_one(forks)
 def test_who_waits_for_a_fork_server_that_dies_meanwhile_has_a_kernel_of_the_next(forks):
     forks.run("ready()").ended.result(60)
     server = Identity.of(forks.server.pid)
-    os.kill(server.pid, signal.SIGSTOP)
+    halt(server.pid)
     taken = [forks.server.take(0) for _ in range(3)]
     server.kill()
     kernels = [one.result(60) for one in taken]

@@ -21,7 +21,7 @@ from dspex_kernels.sessions.kernels import Kernels
 from dspex_kernels.sessions.model import SessionRecord
 from dspex_kernels.sessions.pool import KernelPool
 from dspex_kernels.sessions.pooled import PooledBackend
-from tests.waiting import wait_until
+from tests.waiting import halt, wait_until
 
 SLOW = {"model": "offline/echo", "cache": False, "offline": {"latency_s": 60}}
 CHANGE = {"change": "program_deleted", "program_id": "qa"}
@@ -125,7 +125,7 @@ def test_a_kernel_that_dies_while_it_opens_a_session_leaves_it_to_the_service_to
     async def work() -> None:
         async with started(tmp_path) as (backend, told):
             member = await backend.pool.pick(60)
-            os.kill(member.kernel.pid, signal.SIGSTOP)
+            halt(member.kernel.pid)
             opening = asyncio.create_task(backend.open(record("s"), timeout=60))
             await wait_until(lambda: member.sessions == 1, what="the session to be on its way")
             os.kill(member.kernel.pid, signal.SIGKILL)
