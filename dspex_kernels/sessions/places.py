@@ -324,9 +324,12 @@ class Places:
         if failure is not None:
             raise failure
 
-    def _check_open(self, live: LiveSession) -> None:
+    def _check_running(self) -> None:
         if self._closed:
             raise errors.ServiceClosed("the session service is closing")
+
+    def _check_open(self, live: LiveSession) -> None:
+        self._check_running()
         if live.status is SessionStatus.DESTROYED or live.ending is not None:
             raise not_found(live.session_id)
 
@@ -377,6 +380,7 @@ class Places:
         """Open a place and make it ready; another one, where it is lost meanwhile: nothing of any call has run."""
         for pause in OPEN_PAUSES:
             await asyncio.sleep(pause)
+            self._check_running()
             times_deposed = self._tenure.times_deposed
             await self._keeper.drain(live)
             record = live.record if live.fresh else await self._next_record(live)
@@ -463,7 +467,7 @@ class Places:
 
 def _after(failure: BaseException) -> tuple[SessionStatus, str]:
     """What becomes of a session whose start failed, and why."""
-    if isinstance(failure, asyncio.CancelledError):
+    if isinstance(failure, asyncio.CancelledError | errors.ServiceClosed):
         return SessionStatus.HIBERNATED, "its start was cancelled"
     if isinstance(failure, errors.SessionNotReady):
         return SessionStatus.HIBERNATED, "another service uses it"

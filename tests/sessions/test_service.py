@@ -441,15 +441,40 @@ class TestOpening:
 
         run(work())
 
-    def test_a_stop_while_a_sessions_record_is_written_opens_no_place_any_more(self, make):
+    def test_a_stop_while_a_sessions_record_is_written_leaves_it_without_a_place(self, make, monkeypatch):
         async def work() -> None:
             service = await make().start()
+            going = hold_up_creations(service, monkeypatch)
             creating = asyncio.create_task(service.create_session(session_id="s"))
             await wait_until(lambda: service._registry.find("s"), what="the session")
-            await service.stop()
+            stopping = asyncio.create_task(service.stop())
+            await asyncio.sleep(0)
+            going.set()
+            await stopping
             with pytest.raises(errors.ServiceClosed):
                 await creating
-            assert service.memory.opened == []
+            assert service.memory.get_place("s") is None
+            assert len(service.memory.opened) <= 1
+
+        run(work())
+
+    @only_dedicated
+    def test_a_stop_while_a_sessions_place_is_opened_and_its_record_written_opens_no_second(
+        self, make, monkeypatch
+    ):
+        async def work() -> None:
+            service = await make().start()
+            going = hold_up_creations(service, monkeypatch)
+            creating = asyncio.create_task(service.create_session(session_id="s"))
+            await wait_until(lambda: service.memory.get_place("s"), what="the place")
+            stopping = asyncio.create_task(service.stop())
+            await asyncio.sleep(0)
+            going.set()
+            await stopping
+            with pytest.raises(errors.ServiceClosed):
+                await creating
+            assert service.memory.get_place("s") is None
+            assert len(service.memory.opened) == 1
 
         run(work())
 
