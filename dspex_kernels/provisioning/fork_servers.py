@@ -141,6 +141,8 @@ class ForkServer:
         """Kernels that somebody waits for."""
         self._will_refill = self._is_refilling = False
         self._stillborn = 0
+        self._retired = 0
+        """How often it was."""
 
     @property
     def pid(self) -> int | None:
@@ -288,6 +290,7 @@ class ForkServer:
         """End it, and the kernels that stand by. Who waits has a kernel all the same, of a new one."""
         with self._lock:
             self._sources, self._wanted = {}, 0
+            self._retired += 1
             retired, self._process = self._process, None
             standby = list(self._standby)
             self._standby.clear()
@@ -305,10 +308,11 @@ class ForkServer:
         self._is_refilling = True
         forked: Future[GuardedProcess] = Future()
         forked.set_running_or_notify_cancel()
-        forked.add_done_callback(self._refilled)
+        retired = self._retired
+        forked.add_done_callback(lambda forked: self._refilled(forked, retired))
         self._fork_into(forked)
 
-    def _refilled(self, forked: Future[GuardedProcess]) -> None:
+    def _refilled(self, forked: Future[GuardedProcess], retired: int) -> None:
         with self._lock:
             self._is_refilling = False
             if (failure := forked.exception()) is not None:
@@ -316,6 +320,9 @@ class ForkServer:
                 _log.debug("no kernel of module %s was forked ahead: %s", self._origin.module, failure)
                 return
             kernel = forked.result()
+            if retired != self._retired or len(self._standby) >= self._wanted:  # since it was asked for
+                kernel.send_signal(signal.SIGKILL)
+                return
             self._standby.append(kernel)
             kernel.ended.add_done_callback(lambda _: self._died(kernel))
             self._refill()

@@ -329,6 +329,20 @@ def test_a_kernel_that_dies_while_it_stands_by_is_replaced_and_not_handed_out(fo
     assert forks.take(0).pid == other
 
 
+@pytest.mark.parametrize("change", ["fewer", "retired"])
+def test_a_kernel_that_is_forked_ahead_and_not_wanted_any_more_does_not_stand_by(forks, change):
+    forks.assign(forks.take(1), "ready()").result(60)
+    forks.server._refill_now()
+    assert forks.server._is_refilling
+    if change == "fewer":
+        forks.server._wanted = 0
+    else:
+        forks.server.retire()
+        forks.server._wanted = 1  # somebody else has wanted one since
+    wait_for(lambda: not forks.server._is_refilling, deadline=30, what="the fork")
+    assert forks.server.standby == []
+
+
 def test_kernels_that_keep_dying_while_they_stand_by_are_not_replaced_for_ever(forks):
     forks.assign(forks.take(1), "ready()").result(60)
     forks.server.refill()
