@@ -42,7 +42,7 @@ from dspex_kernels.kernel.notebook import magics
 from dspex_kernels.kernel.road import Road
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
-from dspex_kernels.kernel.wires import Wires
+from dspex_kernels.kernel.wires import Wires, make_router
 from dspex_kernels.protocol.commands import OpenSessionArgs
 from dspex_kernels.protocol.names import is_session_id
 from dspex_kernels.protocol.records import SessionContents
@@ -204,7 +204,7 @@ class DSPexKernelApp(IPKernelApp):
     def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> int:
         """Called with each socket before it is bound: no reply is dropped because its reader is slow."""
         if s.socket_type == zmq.ROUTER:
-            s.sndhwm = 0  # as in ``Wires``
+            s.sndhwm = 0  # as in ``make_router``
         bound: int = super()._bind_socket(s, port)
         return bound
 
@@ -231,7 +231,7 @@ class DSPexKernelApp(IPKernelApp):
             self._bind_wires()
         else:
             super().init_sockets()
-        road = self.context.socket(zmq.ROUTER) if self._wires is None else self._wires.road
+        road = make_router(self.context) if self._wires is None else self._wires.road
         self.road = Road.bind(self, road)
 
     def _bind_wires(self) -> None:

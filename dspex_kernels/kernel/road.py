@@ -64,14 +64,11 @@ class Road:
 
         Args:
             app: The ``IPKernelApp``.
-            socket: A ROUTER, which is closed where there is no road.
+            socket: Of ``wires.make_router``; closed where there is no road.
         """
         if app.transport == "ipc" and os.environ.get(config.ENV_ROAD) != config.road_path(app.ip):
             socket.close(linger=0)
             return None
-        socket.linger = LINGER_MS
-        socket.sndhwm = 0  # no reply is dropped because its reader is slow
-        socket.router_handover = 1
         app._apply_curve_server_options(socket)
         try:
             if app.transport == "ipc":

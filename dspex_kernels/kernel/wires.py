@@ -28,6 +28,17 @@ Bind = Callable[[str, Socket], None]
 """Binds a channel's socket; takes the channel's name as connection files have it."""
 
 
+def make_router(context: zmq.Context[Socket]) -> Socket:
+    """A socket for requests, as a kernel's have to be; not bound yet."""
+    socket: Socket = context.socket(zmq.ROUTER)
+    socket.linger = LINGER_MS
+    socket.router_handover = 1  # as stock (ipykernel#270)
+    # By default a ROUTER drops in silence what exceeds 1000 messages to a peer: of 9000 commands of a client that
+    # did not read meanwhile, 2500 were never answered.
+    socket.sndhwm = 0
+    return socket
+
+
 class Wires:
     """Sockets that are not bound, and threads that do not run.
 
@@ -44,22 +55,13 @@ class Wires:
 
     def __init__(self, session: Session) -> None:
         self.context: zmq.Context[Socket] = zmq.Context()
-        self.shell, self.stdin, self.control, self.road = (self._make_router() for _ in range(4))
-        self._heart: Any = self._make_router()
+        self.shell, self.stdin, self.control, self.road = (make_router(self.context) for _ in range(4))
+        self._heart: Any = make_router(self.context)
         iopub = self.context.socket(zmq.XPUB)
         iopub.linger = LINGER_MS
         self.iopub_thread = CountingIOPubThread(iopub, pipe=True, session=session)
         self.control_thread = ControlThread(daemon=True)
         self.shell_channel_thread = ShellChannelThread(self.context, daemon=True)
-
-    def _make_router(self) -> Socket:
-        socket: Socket = self.context.socket(zmq.ROUTER)
-        socket.linger = LINGER_MS
-        socket.router_handover = 1  # as stock (ipykernel#270)
-        # By default a ROUTER drops in silence what exceeds 1000 messages to a peer: of 9000 commands of a client
-        # that did not read meanwhile, 2500 were never answered.
-        socket.sndhwm = 0
-        return socket
 
     def start(self) -> None:
         """Start the threads; a second call does nothing."""
