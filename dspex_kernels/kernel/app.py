@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import gc
 import logging
 import os
@@ -24,6 +26,7 @@ from ipykernel import kernelapp
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.session import Session, new_id, new_id_bytes
 from jupyter_core.paths import jupyter_data_dir
+from tornado.ioloop import IOLoop
 from traitlets import Float, TraitError, default
 from traitlets.config import Config, catch_config_error
 from zmq.eventloop.zmqstream import ZMQStream
@@ -36,13 +39,13 @@ from dspex_kernels.kernel.iopub import CountingIOPubThread
 from dspex_kernels.kernel.journal import Journal
 from dspex_kernels.kernel.kernel import DSPexKernel
 from dspex_kernels.kernel.lms import cache, gate, history
-from dspex_kernels.kernel.lms.endpoints import Endpoints
+from dspex_kernels.kernel.lms.endpoints import Endpoints, read_limits
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.notebook import magics
 from dspex_kernels.kernel.road import Road
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
-from dspex_kernels.kernel.wires import Wires, make_router
+from dspex_kernels.kernel.wires import Wires
 from dspex_kernels.protocol.commands import OpenSessionArgs
 from dspex_kernels.protocol.names import is_session_id
 from dspex_kernels.protocol.records import SessionContents
@@ -50,6 +53,11 @@ from dspex_kernels.protocol.records import SessionContents
 MAX_AGE_DAYS = 30
 """Days after which the directory of a notebook's kernel that ended without a shutdown is removed."""
 
+
+CHANNELS = ("shell", "iopub", "stdin", "hb", "control")
+ASIDE = "dspex-aside-"
+"""Of the names of sockets that are nobody's yet. ZMQ removes them by these names at the end, in whatever directory
+the kernel is in then: they must be nobody else's."""
 
 GC_THRESHOLDS = (10_000, 20, 20)
 """For the garbage collector. What a prediction makes dies by itself; looking for the rest as often as Python does
@@ -86,6 +94,9 @@ class DSPexKernelApp(IPKernelApp):
 
     _wires: Wires | None = None
     """Of a lean kernel."""
+    _aside: str | None = None
+    """Where they are bound while it stands by."""
+    _is_prepared = False
 
     _commands: CommandThread | None = None
     _binding = threading.Lock()
@@ -118,12 +129,14 @@ class DSPexKernelApp(IPKernelApp):
     def _initialize_lean(self, argv: list[str] | None) -> None:
         """As stock, without what only notebooks expect: a profile, its configuration, a poller, a debugger."""
         self.parse_command_line(argv)
-        self.init_crash_handler()
-        self.init_blackhole()
+        if os.path.isabs(self.connection_file):  # noqa: PTH117  # else Jupyter's own is looked for: 0.4 ms
+            self.connection_dir = os.path.dirname(self.connection_file)  # noqa: PTH120
         self.init_connection_file()
         self.init_sockets()
-        self.init_io()
-        self.init_signal()
+        if self.bound is not None:
+            self.bound()
+        if not self._is_prepared:
+            self._prepare()
         self.init_kernel()
         self.init_path()
         self.init_shell()
@@ -136,16 +149,42 @@ class DSPexKernelApp(IPKernelApp):
     def park(self, is_wanted: Callable[[], bool]) -> None:
         """Make and try ahead what a lean kernel needs. Called in a child that stands by, before ``initialize``.
 
+        Its channels are bound in the current directory, which has to stay until they are renamed.
+
         Args:
             is_wanted: Whether somebody waits now.
         """
+        self._aside = os.getcwd()  # noqa: PTH109  # a path's text
         self._wires = Wires(self.session)
-        self._wires.start()
+        self._wires.start(_bind_aside)
         self._commands = CommandThread()
         self._commands.start()
         self.journals.submit(int)  # an executor starts its thread with the first work
+        self._prepare()
+        for read, name in ((_read_policy, config.ENV_LM_POLICY), (read_limits, config.ENV_PROVIDER_LIMITS)):
+            with contextlib.suppress(ValueError, TypeError, TraitError):  # it is refused when it is its own
+                read(os.environ.get(name) or "{}")
         if not is_wanted():
             rehearsal.warm(is_wanted, self._commands)
+
+    def _prepare(self) -> None:
+        """Do what asks for no more than the channels."""
+        self._is_prepared = True
+        wires = self._wires
+        assert wires is not None
+        self.shell_socket, self.stdin_socket, self.control_socket = wires.shell, wires.stdin, wires.control
+        self.control_thread, self.shell_channel_thread = wires.control_thread, wires.shell_channel_thread
+        self.iopub_thread, self.iopub_socket = wires.iopub_thread, wires.iopub_thread.background_socket
+        self.configure_tornado_logger()
+        self.init_crash_handler()
+        self.init_blackhole()
+        self.init_io()
+        self.init_signal()
+        self._build()
+        self._connect_kernel(wires.shell_stream, wires.control_stream)
+        # Made when they are first asked for, else: a loop, and four sockets.
+        IOLoop.current()
+        assert self.shell_channel_thread.manager is not None
 
     def build(self) -> None:
         """Build the kernel and its shell, as far as that takes no environment, no directory and no socket.
@@ -168,11 +207,14 @@ class DSPexKernelApp(IPKernelApp):
         self.journals = ThreadPoolExecutor(1, thread_name_prefix="dspex-journal")
         logs.install(self._named_call)
 
-    def _build_anew(self) -> None:
-        """Give up the kernel that was built: what its user configured was not known."""
-        atexit.unregister(self.shell.atexit_operations)
-        type(self.shell).clear_instance()
-        type(self.kernel).clear_instance()
+    def _build(self) -> None:
+        """Build the kernel, where that is not done, or what its user configured was not known then."""
+        if self._built_with == self.config:
+            return
+        if self._built_with is not None:
+            atexit.unregister(self.shell.atexit_operations)
+            type(self.shell).clear_instance()
+            type(self.kernel).clear_instance()
         self.build()
 
     # The steps of ``initialize``, in the order in which IPython and ipykernel call them
@@ -186,7 +228,7 @@ class DSPexKernelApp(IPKernelApp):
         self.parent_handle = int(os.environ.get("JPY_PARENT_PID") or 0)
         for handler in self.log.handlers:
             if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.stderr)
+                handler.setStream(sys.__stderr__)  # what stands by has redirected the other
 
     @default("session")
     def _default_session(self) -> Session:
@@ -219,10 +261,10 @@ class DSPexKernelApp(IPKernelApp):
 
     def init_io(self) -> None:
         """Called when all channels are bound; a lean kernel does not watch what libraries write to descriptors."""
-        if self.bound is not None:
-            self.bound()
-        if self.lean:
+        if self._wires is not None:
             self.capture_fd_output = False
+        elif self.bound is not None:
+            self.bound()
         super().init_io()
 
     def init_sockets(self) -> None:
@@ -231,28 +273,49 @@ class DSPexKernelApp(IPKernelApp):
             self._bind_wires()
         else:
             super().init_sockets()
-        road = make_router(self.context) if self._wires is None else self._wires.road
-        self.road = Road.bind(self, road)
+        self.road = Road.bind(self)
 
     def _bind_wires(self) -> None:
+        stood_by = self._wires is not None
         wires = self._wires = self._wires or Wires(self.session)
         self.context = wires.context
         atexit.register(self.close)
-        self.shell_socket, self.stdin_socket, self.control_socket = wires.shell, wires.stdin, wires.control
-        self.control_thread, self.shell_channel_thread = wires.control_thread, wires.shell_channel_thread
-        self.configure_tornado_logger()
         if self.transport == "tcp" and self.curve_secretkey is None:
             self.log.warning("this kernel runs over tcp without encryption: others may read what is said to it")
-        self._ports: dict[str, int] = {}
-        wires.bind(self._bind_channel)
-        self.iopub_thread, self.iopub_socket = wires.iopub_thread, wires.iopub_thread.background_socket
+        if self._take_names():
+            return
+        if stood_by:
+            wires.bind(self._bind_channel)
+        else:
+            wires.start(self._bind_channel)
         self.write_connection_file()
+
+    def _take_names(self) -> bool:
+        """Rename the sockets of a kernel that stood by. False where they have to be bound anew.
+
+        Who connects looks for the name, and finds the socket; binding five takes 7 ms.
+        """
+        if self._aside is None or self.transport != "ipc" or self.curve_secretkey is not None:
+            return False
+        ports = {channel: getattr(self, f"{channel}_port") for channel in CHANNELS}
+        if not all(ports.values()):
+            return False
+        try:
+            for channel, port in ports.items():
+                os.rename(f"{self._aside}/{ASIDE}{channel}", f"{self.ip}-{port}")  # noqa: PTH104  # no files
+        except OSError as failure:  # they are on another file system
+            self.log.debug("the sockets are bound anew: %s", failure)
+            return False
+        self._ports = ports
+        return True
 
     def _bind_channel(self, channel: str, socket: zmq.Socket[bytes]) -> None:
         """Called for each channel of a lean kernel, in the thread that will read it."""
         port = f"{channel}_port"
         with self._binding:  # over ipc a free "port" is looked for, and taken when it is bound
             self._apply_curve_server_options(socket)
+            if self._aside is not None:
+                socket.unbind(_aside(channel))
             self._ports[channel] = self._bind_socket(socket, getattr(self, port))
             setattr(self, port, self._ports[channel])
 
@@ -296,27 +359,30 @@ class DSPexKernelApp(IPKernelApp):
         cache.install()
         # The first thread that configures owns DSPy's settings: it must be the one where cells run.
         dspy.configure()
-        if self._built_with is None:
-            self.build()
-        elif self._built_with != self.config:
-            self._build_anew()
-        self._attach_kernel()
+        if self._wires is None:
+            self._build()
+            self._start_channels()
+        self.kernel.attach(self.dispatcher, self.road)
+        # Those of the template were asked for before; in a notebook's kernel anything may have added its own.
+        logs.install(self._named_call, *(["tornado"] if self.lean else []))
+        self.kernel.record_ports({f"{name}_port": port for name, port in self._ports.items()})
+        self.displayhook.get_execution_count = lambda: self.kernel.execution_count
         signal.signal(signal.SIGINT, self.kernel.on_sigint)
 
-    def _attach_kernel(self) -> None:
-        debugpy_stream = None
-        if self._wires is not None:
-            shell_stream, control_stream = self._wires.shell_stream, self._wires.control_stream
-        else:
-            shell_stream = ZMQStream(self.shell_socket, self.shell_channel_thread.io_loop)
-            self.shell_channel_thread.shell_stream = shell_stream
-            control_stream = ZMQStream(self.control_socket, self.control_thread.io_loop)
-            debugpy_stream = ZMQStream(self.debugpy_socket, self.control_thread.io_loop)
-            self.control_thread.start()
-            self.shell_channel_thread.start()
-        self.kernel.attach(
-            self.dispatcher,
-            self.road,
+    def _start_channels(self) -> None:
+        """As stock does it."""
+        shell_stream = ZMQStream(self.shell_socket, self.shell_channel_thread.io_loop)
+        self.shell_channel_thread.shell_stream = shell_stream
+        control_stream = ZMQStream(self.control_socket, self.control_thread.io_loop)
+        debugpy_stream = ZMQStream(self.debugpy_socket, self.control_thread.io_loop)
+        self.control_thread.start()
+        self.shell_channel_thread.start()
+        self._connect_kernel(shell_stream, control_stream, debugpy_stream)
+
+    def _connect_kernel(
+        self, shell_stream: ZMQStream, control_stream: ZMQStream, debugpy_stream: ZMQStream | None = None
+    ) -> None:
+        self.kernel.connect(
             session=self.session,
             control_stream=control_stream,
             debugpy_stream=debugpy_stream,
@@ -328,10 +394,6 @@ class DSPexKernelApp(IPKernelApp):
             iopub_socket=self.iopub_socket,
             stdin_socket=self.stdin_socket,
         )
-        # Those of the template were asked for before; in a notebook's kernel anything may have added its own.
-        logs.install(self._named_call, *(["tornado"] if self.lean else []))
-        self.kernel.record_ports({f"{name}_port": port for name, port in self._ports.items()})
-        self.displayhook.get_execution_count = lambda: self.kernel.execution_count
 
     def init_shell(self) -> None:
         """Called after the kernel: settle the shell in this process, and give cells their session."""
@@ -372,7 +434,7 @@ class DSPexKernelApp(IPKernelApp):
     def _policy() -> config.LMPolicy:
         text = os.environ.get(config.ENV_LM_POLICY) or "{}"
         try:
-            return config.LMPolicy.from_json(text)
+            return _read_policy(text)
         except (ValueError, TypeError, TraitError) as failure:
             raise errors.InvalidLMProfile(
                 f"{config.ENV_LM_POLICY} is no LM policy ({failure}): give what LMPolicy.to_json writes"
@@ -392,6 +454,8 @@ class DSPexKernelApp(IPKernelApp):
                 created_at=opened.created_at,
             )
         journal, contents = self._open_journal(session_id)
+        if journal is not None:
+            self.journals.submit(journal.settle)  # what fails then fails the first change
         return Namespace(
             session_id,
             lane=self.threads.lane(MAX_THREADS_ALONE),
@@ -427,6 +491,19 @@ class DSPexKernelApp(IPKernelApp):
     def _directory(session_id: str) -> Path:
         given = os.environ.get(config.ENV_SESSION_DIR)
         return Path(given) if given else Path(jupyter_data_dir()) / "dspex" / "kernels" / session_id
+
+
+@functools.cache
+def _read_policy(text: str) -> config.LMPolicy:
+    return config.LMPolicy.from_json(text)
+
+
+def _aside(channel: str) -> str:
+    return f"ipc://{ASIDE}{channel}"  # relative: the directory's path may be too long for a socket
+
+
+def _bind_aside(channel: str, socket: zmq.Socket[bytes]) -> None:
+    socket.bind(_aside(channel))
 
 
 def _flag(variable: str, *, default: str) -> bool:

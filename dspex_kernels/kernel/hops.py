@@ -61,7 +61,8 @@ def _cache_is_ours(*_: Any) -> bool:
     return type(dspy.cache) is SessionCache
 
 
-def _prices_are_there(*_: Any) -> bool:
+def has_prices(*_: Any) -> bool:
+    """Whether DSPy's catalogue of models has been read."""
     return getattr(model_metadata, "_data", None) is not None
 
 
@@ -71,7 +72,7 @@ _KNOWN: dict[Callable[..., Any], Callable[..., bool]] = {
         ("prepare", _prepares_text),
         ("_cached", _cache_is_ours),
         ("_store", _cache_is_ours),
-        ("_price_result", _prices_are_there),
+        ("_price_result", has_prices),
     )
     if (function := getattr(execution, name, None)) is not None  # DSPy's own names: without one, it hops
 }

@@ -60,6 +60,8 @@ class Journal:
         self._size = 0
         self._compact_at = COMPACT_BYTES
         self._broken = ""
+        self._is_new = False
+        """Whether its directory's entry for it may not be on disk yet."""
         _open_journals.add(self)
 
     @classmethod
@@ -144,6 +146,16 @@ class Journal:
         if self._size >= self._compact_at:
             self._compact_if_possible()
 
+    def settle(self) -> None:
+        """Bring a new journal's name to the disk: the first change would wait for that too.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        with self._guard:
+            if self._is_new and self._file >= 0:
+                self._sync_name()
+
     def flush(self) -> None:
         """Make what was spent durable too.
 
@@ -196,9 +208,8 @@ class Journal:
             data = self.path.read_bytes()
         except FileNotFoundError:
             data = b""
-        if not data:
-            self._start = time.time_ns()
-            self._compact()
+        if b"\n" not in data:  # not even a header: nothing was kept before the power failed
+            self._begin()
             return
         header, self._header_length = lines.decode_header(data)
         entries, self._size = lines.decode(data)
@@ -213,6 +224,14 @@ class Journal:
         os.fsync(self._file)  # what was read may be in memory only; from here on it counts as kept
         if self._size >= self._compact_at:
             self._compact_if_possible()
+
+    def _begin(self) -> None:
+        """Make the file. There is nothing to lose yet: it is on disk with the first change that is."""
+        self._start = time.time_ns()
+        header = lines.encode_header(self._start)
+        self._file = _write_new(self.path, header)
+        self._size = self._header_length = len(header)
+        self._is_new = True
 
     def _write(self, line: bytes, *, durable: bool) -> None:
         try:
@@ -238,6 +257,8 @@ class Journal:
             self._broken = f"a failed write could not be taken back: {failure.strerror}"
 
     def _sync(self) -> None:
+        if self._is_new:
+            self._sync_name()
         try:
             os.fsync(self._file)
         except OSError as failure:
@@ -265,9 +286,11 @@ class Journal:
         with _told(self._directory, "compact"):
             file = _write_new(temporary, b"".join([header, *body]))
             try:
+                os.fsync(file)
                 temporary.replace(self.path)
             except OSError:
                 os.close(file)
+                temporary.unlink(missing_ok=True)
                 raise
         old, self._file = self._file, file
         if old >= 0:
@@ -276,9 +299,9 @@ class Journal:
         self._size = len(header) + sum(map(len, body))
         self._sequence += len(changes)
         self._compact_at = max(COMPACT_BYTES, COMPACT_RATIO * self._size)
-        self._sync_directory()
+        self._sync_name()
 
-    def _sync_directory(self) -> None:
+    def _sync_name(self) -> None:
         # Until then a power failure could bring the old file back, without what is appended to the new one.
         try:
             _sync_directory(self._directory)
@@ -288,6 +311,7 @@ class Journal:
                 f"the disk did not take the directory of the journal {self.path}: {failure.strerror}; "
                 "restart the kernel"
             ) from failure
+        self._is_new = False
 
 
 def _take_lock(directory: Path, timeout: float) -> int:
@@ -326,11 +350,10 @@ def _locked_within(lock: int, timeout: float) -> bool:
 
 
 def _write_new(path: Path, data: bytes) -> int:
-    """A new file that is on disk with ``data`` in it, open for appending; nothing is left where that fails."""
+    """A new file with ``data`` in it, open for appending; nothing is left where that fails."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         _write_all(file, data)
-        os.fsync(file)
     except BaseException:
         os.close(file)
         path.unlink(missing_ok=True)

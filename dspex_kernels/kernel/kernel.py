@@ -68,12 +68,10 @@ class DSPexKernel(IPythonKernel):
         for name in RUN_USER_CODE:
             self.shell_handlers[name] = self._interruptible(self.shell_handlers[name])
 
-    def attach(self, dispatcher: Dispatcher, road: Road | None, **parts: Any) -> None:
-        """Make it the kernel of a session: until now it was built for any.
+    def connect(self, **parts: Any) -> None:
+        """Give it its channels.
 
         Args:
-            dispatcher: Takes its commands.
-            road: Our own channel; None where there is none.
             parts: Session, sockets, streams and threads, by the names of ipykernel's traits. Without a
                 ``debugpy_stream`` it has no debugger, and without a ``shell_channel_thread`` no subshells.
         """
@@ -81,8 +79,6 @@ class DSPexKernel(IPythonKernel):
         self.ident = str(uuid4())
         for name, part in parts.items():
             setattr(self, name, part)
-        self.dispatcher = dispatcher
-        self._road = road
         self._stdout, self._stderr = sys.stdout, sys.stderr
         assert self.shell is not None
         for publisher in (self.shell.displayhook, self.shell.display_pub):
@@ -92,7 +88,21 @@ class DSPexKernel(IPythonKernel):
             self.debugger = self._make_debugger()
         else:
             self.control_handlers["debug_request"] = self._refuse_debugger
+
+    def attach(self, dispatcher: Dispatcher, road: Road | None) -> None:
+        """Make it the kernel of a session: until now it was any.
+
+        Args:
+            dispatcher: Takes its commands.
+            road: Our own channel; None where there is none.
+        """
+        self.dispatcher = dispatcher
+        self._road = road
         self._guard_code(dispatcher.identity.allow_code)
+
+    @property
+    def _is_lean(self) -> bool:
+        return self.debugpy_stream is None
 
     def _make_debugger(self) -> Any:
         return self.debugger_class(
@@ -118,13 +128,22 @@ class DSPexKernel(IPythonKernel):
 
     @property
     def kernel_info(self) -> dict[str, Any]:
-        """Stock information, and that we speak DSPex: with which session, in which version."""
+        """Stock information, and that we speak DSPex."""
         info: dict[str, Any] = super().kernel_info
-        identity = self.dispatcher.identity
-        stock = info["supported_features"] if identity.allow_code else []  # the debugger, subshells
+        stock = info["supported_features"] if self.dispatcher.identity.allow_code else []  # the debugger, subshells
         without = {"debugger"} if self.debugger is None else set()
-        info["supported_features"] = [*(feature for feature in stock if feature not in without), FEATURE]
-        info[FEATURE] = {
+        ours = self.dspex_info
+        features = [*(feature for feature in stock if feature not in without), *ours["supported_features"]]
+        return {**info, **ours, "supported_features": features}
+
+    @property
+    def dspex_info(self) -> dict[str, Any]:
+        """What of ``kernel_info`` is ours: that we speak DSPex, with which session, in which version.
+
+        Told on the road, where nobody asks for stock's banner: that makes IPython's directories.
+        """
+        identity = self.dispatcher.identity
+        told = {
             "protocol_version": PROTOCOL_VERSION,
             "session_id": identity.session_id,
             "backend": "dedicated" if identity.session_id else "pooled",
@@ -134,8 +153,8 @@ class DSPexKernel(IPythonKernel):
             "version": __version__,
         }
         if self._road is not None:
-            info[FEATURE]["endpoint"] = self._road.endpoint
-        return info
+            told["endpoint"] = self._road.endpoint
+        return {"implementation": self.implementation, "supported_features": [FEATURE], FEATURE: told}
 
     # Commands
 
@@ -275,7 +294,7 @@ class DSPexKernel(IPythonKernel):
                 self._status.busy(of)
             case "idle":
                 self._status.idle(of)
-            case _:
+            case _ if self.dispatcher.clients() or not self._is_lean:  # "starting": it wakes a thread
                 self._send_status(status, of)
 
     def _send_status(self, status: str, parent: dict[str, Any]) -> None:
@@ -382,12 +401,12 @@ class DSPexKernel(IPythonKernel):
     def start(self) -> None:
         """Called by the application once all sockets are there."""
         self.dispatcher.start()
-        if self._road is not None:
-            self._road.serve(self.dispatcher, self._take_from_road, lambda: self.kernel_info)
-        if self.debugpy_stream is not None:
+        if not self._is_lean:
             super().start()
         else:  # stock warns that it cannot debug, in each kernel's log
             super(IPythonKernel, self).start()
+        if self._road is not None:  # last: whoever waits there is answered at once, and nobody else works then
+            self._road.serve(self.dispatcher, self._take_from_road, lambda: self.dspex_info)
 
     async def do_shutdown(self, restart: bool) -> dict[str, Any]:
         """Called on ``shutdown_request``, in the control thread: answer what runs, close what is open."""

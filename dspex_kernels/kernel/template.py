@@ -92,15 +92,21 @@ class Template:
         else:
             rehearsal.warm(is_wanted)
 
-    def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
+    def serve(
+        self, connection_file: str, bound: Callable[[], None], serving: Callable[[], None] = lambda: None
+    ) -> None:
         """Be the kernel until it ends.
 
         Args:
             connection_file: Its path.
-            ready: Called once its sockets are bound.
+            bound: Called once its sockets are bound.
+            serving: Called once it answers; it may take a moment.
         """
+        from tornado.ioloop import IOLoop
+
         prepare()  # this kernel's environment is another than the template's
         app = self._app
-        app.connection_file, app.bound = connection_file, ready
+        app.connection_file, app.bound = connection_file, bound
         app.initialize([])
+        IOLoop.current().add_callback(serving)
         app.start()

@@ -1,7 +1,7 @@
-"""The channels of a lean kernel and the threads that read them: there before it is known where they are bound.
+"""The channels of a lean kernel and the threads that read them: there before it is known whose they are.
 
-A kernel that stands by has them ready, and is bound when it is told whose it is. A socket is its thread's once that
-runs: it is bound there too.
+A kernel that stands by has them ready, bound in a directory of its own; told whose it is, it gives them their
+names. A socket is its thread's once that runs: it is bound there too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_router(context: zmq.Context[Socket]) -> Socket:
 
 
 class Wires:
-    """Sockets that are not bound, and threads that do not run.
+    """Jupyter's channels; not bound yet, and the threads do not run.
 
     A lean kernel has no sockets for a debugger, and its heart beats in its control thread, not in three more. Not
     without a heart: a stock client without a manager takes such a kernel for dead.
@@ -50,12 +50,12 @@ class Wires:
     """
 
     shell_stream: ZMQStream
-    """Reads shell in its thread; from ``bind`` on, as the next."""
+    """Reads shell in its thread; from ``start`` on, as the next."""
     control_stream: ZMQStream
 
     def __init__(self, session: Session) -> None:
         self.context: zmq.Context[Socket] = zmq.Context()
-        self.shell, self.stdin, self.control, self.road = (make_router(self.context) for _ in range(4))
+        self.shell, self.stdin, self.control = (make_router(self.context) for _ in range(3))
         self._heart: Any = make_router(self.context)
         iopub = self.context.socket(zmq.XPUB)
         iopub.linger = LINGER_MS
@@ -63,16 +63,8 @@ class Wires:
         self.control_thread = ControlThread(daemon=True)
         self.shell_channel_thread = ShellChannelThread(self.context, daemon=True)
 
-    def start(self) -> None:
-        """Start the threads; a second call does nothing."""
-        if not self.iopub_thread.thread.is_alive():
-            self.iopub_thread.start()
-        for thread in (self.control_thread, self.shell_channel_thread):
-            if not thread.is_alive():
-                thread.start()
-
-    def bind(self, bind: Bind) -> None:
-        """Bind Jupyter's channels, and have them read.
+    def start(self, bind: Bind) -> None:
+        """Start the threads; each binds its channels, and reads them from now on.
 
         Args:
             bind: Called for each in its thread.
@@ -82,32 +74,56 @@ class Wires:
         """
         control, shell = self.control_thread.io_loop, self.shell_channel_thread.io_loop
 
-        def bind_control() -> None:
-            bind("control", self.control)
-            bind("hb", self._heart)
+        def read_control() -> None:
             self.control_stream = ZMQStream(self.control, control)
             self._heart = ZMQStream(self._heart, control)
             self._heart.on_recv(self._heart.send_multipart)
 
-        def bind_shell() -> None:
-            bind("shell", self.shell)
+        def read_shell() -> None:
             self.shell_stream = ZMQStream(self.shell, shell)
 
-        bound = [
-            _call_on(control, bind_control),
-            _call_on(shell, bind_shell),
+        bound = self._bind_all(bind)
+        bound += [_call_on(control, read_control), _call_on(shell, read_shell)]
+        self.iopub_thread.start()
+        self.control_thread.start()
+        self.shell_channel_thread.start()
+        self._wait(bound, bind)
+        self.shell_channel_thread.shell_stream = self.shell_stream
+
+    def bind(self, bind: Bind) -> None:
+        """Bind the channels once more, elsewhere.
+
+        Args:
+            bind: Called for each in its thread.
+
+        Raises:
+            zmq.ZMQError: One cannot be bound.
+        """
+        self._wait(self._bind_all(bind), bind)
+
+    def _bind_all(self, bind: Bind) -> list[Future[None]]:
+        def bind_control() -> None:
+            bind("control", self.control)
+            bind("hb", self._heart_socket)
+
+        return [
+            _call_on(self.control_thread.io_loop, bind_control),
+            _call_on(self.shell_channel_thread.io_loop, lambda: bind("shell", self.shell)),
             _call_on(self.iopub_thread.io_loop, lambda: bind("iopub", self.iopub_thread.socket)),
         ]
-        self.start()
+
+    def _wait(self, bound: list[Future[None]], bind: Bind) -> None:
         bind("stdin", self.stdin)
         for future in bound:
             future.result(BIND_TIMEOUT)
-        self.shell_channel_thread.shell_stream = self.shell_stream
 
     def close_heart(self) -> None:
         """Let it beat no more. Called when the control thread has ended."""
-        socket = self._heart.socket if isinstance(self._heart, ZMQStream) else self._heart
-        socket.close(linger=0)
+        self._heart_socket.close(linger=0)
+
+    @property
+    def _heart_socket(self) -> Socket:
+        return self._heart.socket if isinstance(self._heart, ZMQStream) else self._heart
 
 
 def _call_on(loop: Any, work: Callable[[], None]) -> Future[None]:

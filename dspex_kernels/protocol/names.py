@@ -12,6 +12,8 @@ SESSION_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}$"
 PROGRAM_ID_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$"
 REQUEST_ID_PATTERN = r"^[\x21-\x7e]{1,128}$"
 
+_SESSION_ID = re.compile(SESSION_ID_PATTERN)
+
 SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID_PATTERN)]
 ProgramId = Annotated[str, StringConstraints(pattern=PROGRAM_ID_PATTERN)]
 RequestId = Annotated[str, StringConstraints(pattern=REQUEST_ID_PATTERN)]
@@ -24,4 +26,4 @@ def new_session_id() -> str:
 
 def is_session_id(value: str) -> bool:
     """Whether ``value`` may be a session's id; such an id is safe as a directory name."""
-    return re.fullmatch(SESSION_ID_PATTERN, value) is not None
+    return _SESSION_ID.fullmatch(value) is not None

@@ -54,7 +54,7 @@ _READ_ON_IMPORT = (
 """What the names of variables begin with that libraries read when they are imported."""
 _ALSO_READ = (
     *("HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "USER", "LOGNAME"),
-    config.ENV_LEAN,  # what a kernel that stands by makes ready depends on it
+    *(config.ENV_LEAN, config.ENV_LM_POLICY, config.ENV_PROVIDER_LIMITS),  # what a kernel makes ready standing by
 )
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS")
 """Words in the names of variables that no fork server sees, whoever may read them on import."""

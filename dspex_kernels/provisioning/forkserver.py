@@ -25,6 +25,7 @@ import atexit
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import importlib
 import importlib.util
@@ -32,6 +33,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -86,12 +88,13 @@ class Template(Protocol):
             is_wanted: Whether it has been told now, and ought to come back.
         """
 
-    def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
+    def serve(self, connection_file: str, bound: Callable[[], None], serving: Callable[[], None]) -> None:
         """Be the kernel until it ends. Called in the child once its environment, directory and streams are set.
 
         Args:
             connection_file: Path of the kernel's connection file.
-            ready: To be called when its sockets are bound.
+            bound: To be called when its sockets are bound.
+            serving: To be called when it answers; it may take a moment.
         """
 
 
@@ -214,28 +217,39 @@ def be_kernel(
             os._exit(1)
         reseed()
         gc.enable()
-        _stand_by(template, channel, directory)
-        code = _serve(template, channel, program)
+        with contextlib.ExitStack() as aside:
+            _stand_by(template, channel, directory, aside)
+            code = _serve(template, channel, program, aside)
     except BaseException:  # noqa: BLE001  # nothing may get back into the fork server's code
         traceback.print_exc()
     finally:
         _leave(code)
 
 
-def _stand_by(template: Template, channel: socket.socket, directory: str) -> None:
-    """Use the time in which nobody wants this kernel."""
+def _stand_by(template: Template, channel: socket.socket, directory: str, aside: contextlib.ExitStack) -> None:
+    """Use the time in which nobody wants this kernel; ``aside`` is to be closed when it serves."""
     if _is_wanted(channel, within=PATIENCE):
         return
-    with _own_directory(directory) as own:
-        _be_at_home(own)
-        template.park(lambda: _is_wanted(channel))
+    own = guardian.aside_path(directory, os.getpid())
+    Path(own).mkdir(0o700)
+    aside.callback(_remove_aside, own)
+    os.chdir(own)
+    _be_at_home(own)
+    template.park(lambda: _is_wanted(channel))
+
+
+def _remove_aside(own: str) -> None:
+    try:
+        Path(own).rmdir()  # what was in it has its name by now
+    except OSError:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _is_wanted(channel: socket.socket, within: float = 0) -> bool:
     return bool(select.select([channel], [], [], within)[0])
 
 
-def _serve(template: Template, channel: socket.socket, program: str) -> int:
+def _serve(template: Template, channel: socket.socket, program: str, aside: contextlib.ExitStack) -> int:
     """Wait for whose kernel this is, and be it. The exit code."""
     request, descriptors, _, _ = socket.recv_fds(channel, 1, guardian.ASSIGNED)
     if request != guardian.ASSIGN:
@@ -246,7 +260,7 @@ def _serve(template: Template, channel: socket.socket, program: str) -> int:
         guardian.report(channel, failure.errno, failure.filename or "")
         return 1
     try:
-        template.serve(connection_file, channel.close)
+        template.serve(connection_file, channel.close, aside.close)
     except SystemExit as end:
         return _exit_code(end)
     finally:
@@ -282,18 +296,24 @@ def apply(descriptors: list[int], program: str) -> str:
         os.dup2(descriptor, target)
         os.close(descriptor)
     os.chdir(assignment["cwd"])
-    os.environ.clear()
-    os.environ.update({**assignment["env"], "JPY_PARENT_PID": str(os.getppid())})
+    _set_environment({**assignment["env"], "JPY_PARENT_PID": str(os.getppid())})
     time.tzset()
     tempfile.tempdir = None
     sys.argv[:] = [program, *assignment["argv"][-2:]]
     show_as(assignment["argv"])
     if assignment["imports_from_cwd"]:
         sys.path.insert(0, str(Path.cwd()))  # as ``python -m`` has it
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]  # a TextIOWrapper
+    for stream in (sys.__stdout__, sys.__stderr__):
+        stream.reconfigure(line_buffering=stream is sys.__stderr__ or stream.isatty())  # type: ignore[union-attr]  # a TextIOWrapper
     guardian.limit_memory(assignment["memory_limit"])
     return str(assignment["argv"][-1])
+
+
+def _set_environment(env: dict[str, str]) -> None:
+    """Have this environment, most of which a fork server has too."""
+    for name in [name for name in os.environ if name not in env]:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in env.items() if os.environ.get(name) != value})
 
 
 def show_as(argv: list[str]) -> None:
@@ -301,11 +321,17 @@ def show_as(argv: list[str]) -> None:
 
     The room is the fork server's own command line (proc_pid_stat(5), fields 48 and 49), which has words to spare.
     """
-    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
-    start, end = int(fields[45]), int(fields[46])
+    start, end = _room()
     text = b"\0".join(map(os.fsencode, argv))[: end - start - 1]
     ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, text, len(text))
+
+
+@functools.cache  # read before the fork: it is where it was in the child
+def _room() -> tuple[int, int]:
+    """Where this process's command line begins and ends."""
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    return int(fields[45]), int(fields[46])
 
 
 def reseed() -> None:
@@ -442,6 +468,7 @@ def main(name: str, directory: str) -> None:
         why = f"{type(failure).__name__}: {failure}"
         connection.send(json.dumps({"refused": why}).encode())
         return
+    _room()
     freeze()
     connection.send(json.dumps({"sources": [*template.sources, *_package_directories()]}).encode())
     ForkServer(connection, template, program, directory).serve()

@@ -25,7 +25,7 @@ forked kernel waits until it is assigned: until it is told its arguments, enviro
 """
 
 # Importing pathlib would cost another 1 MB and 3 ms: a sixth of the start.
-# ruff: noqa: PTH105, PTH106, PTH108, PTH123, PTH208
+# ruff: noqa: PTH105, PTH106, PTH108, PTH110, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -440,6 +440,7 @@ class Guardian:
             launched = self._launched.pop(pid, None)
             if launched is not None:
                 self._close_channel(launched)  # first things first
+                remove_aside(self._directory, pid)
                 self._tell(ended=launched.key, code=os.waitstatus_to_exitcode(status))
                 if not self._records.get(launched.key, {}).get("paths"):
                     self._forget(launched.key)
@@ -645,15 +646,32 @@ def bury(directory: str) -> None:
     for name in os.listdir(directory):
         if name.endswith(PART_SUFFIX):  # it could not be written whole: its program was never let go
             remove(f"{directory}/{name}")
-        if name.startswith(REHEARSAL_PREFIX):
-            import shutil  # hardly ever: where a fork server was killed just then
-
-            shutil.rmtree(f"{directory}/{name}", ignore_errors=True)
+        if name.startswith(REHEARSAL_PREFIX):  # a fork server was killed just then
+            remove_tree(f"{directory}/{name}")
     remove(f"{directory}/{LOCK_NAME}")
     try:
         os.rmdir(directory)
     except OSError as failure:
         complain(f"{failure}: remove it")
+
+
+def aside_path(directory: str, pid: int) -> str:
+    """Where a forked kernel that stands by has its own directory, in the service's."""
+    return f"{directory}/{REHEARSAL_PREFIX}{pid}"
+
+
+def remove_aside(directory: str, pid: int) -> None:
+    """Remove what a kernel left that was killed while it stood by."""
+    path = aside_path(directory, pid)
+    if os.path.exists(path):
+        remove_tree(path)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory and all in it."""
+    import shutil  # hardly ever
+
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: str) -> None:

@@ -1,9 +1,10 @@
 """The service's side of the guardian: launches, signals and exit codes as futures, for any thread and event loop.
 
-One thread does all that may block: it starts the guardian process, writes and reads the socket, and clears away
-when that process was lost. Callers only put a request in its queue and get a ``concurrent.futures.Future``: a
-coroutine awaits it by ``asyncio.wrap_future``, on whatever loop; blocking code asks for its ``result``. Every
-future is marked as running, so that a waiter which is cancelled does not cancel it for the others.
+One thread does all that may block: it starts the guardian process, reads the socket, and clears away when that
+process was lost. Callers write their request to the socket themselves where it takes it at once, and else put it in
+the thread's queue; they get a ``concurrent.futures.Future``: a coroutine awaits it by ``asyncio.wrap_future``, on
+whatever loop; blocking code asks for its ``result``. Every future is marked as running, so that a waiter which is
+cancelled does not cancel it for the others.
 """
 
 from __future__ import annotations
@@ -176,8 +177,8 @@ class _Link:
         data = json.dumps(request.content).encode()
         self._unsent.append((bytearray(guardian.FRAME.pack(len(data)) + data), request))
 
-    def send(self) -> None:
-        """Write as much as the socket takes."""
+    def send(self) -> bool:
+        """Write as much as the socket takes. False where that is not all."""
         while self._unsent:
             data, request = self._unsent[0]
             descriptors = array.array("i", request.descriptors)
@@ -185,13 +186,14 @@ class _Link:
             try:
                 sent = self.connection.sendmsg([data], ancillary)
             except BlockingIOError:
-                return
+                return False
             except OSError:  # the guardian is gone: that is read off the socket next
-                return
+                return True
             request.close()
             del data[:sent]
             if not data:
                 self._unsent.popleft()
+        return True
 
     def read(self) -> list[dict[str, Any]] | None:
         """The messages that have arrived; None when there will be no more."""
@@ -251,8 +253,9 @@ class Guardian:
         self._locks = [] if lease is None else [os.dup(lease)]
         self._name = f"{self.owner_pid}-{guardian.start_time(self.owner_pid)}"
         self._numbers = itertools.count(1)
-        self._guard = threading.Lock()  # of the next two: nothing is queued behind "stop"
+        self._guard = threading.Lock()  # of the next three: nothing is queued behind "stop"
         self._queue: deque[_Request] = deque()
+        self._link: _Link | None = None
         self._stopping = False
         self._stopped: Future[None] = _running()
         self._alarms: dict[object, tuple[float, Callable[[], object]]] = {}
@@ -260,7 +263,6 @@ class Guardian:
         # These are the thread's own.
         self._asked: dict[int, _Request] = {}
         self._processes: dict[str, GuardedProcess] = {}
-        self._link: _Link | None = None
         # A daemon: a process that ends without stop() must not wait for it, the guardian sees its end.
         threading.Thread(target=self._run, name=f"dspex-guardian-{service_id}", daemon=True).start()
 
@@ -399,12 +401,18 @@ class Guardian:
             if self._stopping:
                 return False
             self._queue.append(request)
-            os.eventfd_write(self._wakeup, 1)
+            # Not left to the thread: it would have to wait for a processor, and for this one's interpreter lock.
+            if self._link is None or not self._send(self._link):
+                os.eventfd_write(self._wakeup, 1)
         return True
 
+    def _send(self, link: _Link) -> bool:
+        """Write what is queued, under the guard. False where the socket does not take all of it now."""
+        while self._queue:
+            self._submit(link, self._queue.popleft())
+        return link.send()
+
     def _take(self) -> list[_Request]:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wakeup)
         with self._guard:
             taken = list(self._queue)
             self._queue.clear()
@@ -463,11 +471,13 @@ class Guardian:
 
     def _serve(self, link: _Link) -> None:
         """Work with one guardian process until it has gone."""
-        self._link = link
+        with self._guard:
+            self._link = link
         try:
             self._exchange(link)
         finally:
-            self._link = None
+            with self._guard:
+                self._link = None
             link.close()
         if not self._stopping:
             pid, code = link.process.pid, link.process.returncode
@@ -480,9 +490,10 @@ class Guardian:
         poll = select.poll()
         poll.register(self._wakeup, select.POLLIN)
         while True:
-            for request in self._take():
-                self._submit(link, request)
-            link.send()
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wakeup)
+            with self._guard:
+                self._send(link)
             poll.register(link.connection, link.interest)
             if any(descriptor != self._wakeup for descriptor, _ in self._wait(poll)):
                 try:

@@ -34,6 +34,7 @@ from dspex_kernels.protocol.commands import DEFAULT_TIMEOUT_S, Command, get_comm
 from dspex_kernels.protocol.envelopes import Envelopes, Opened
 from dspex_kernels.sessions.calls import EventListener, ReplyListener
 from dspex_kernels.sockets import LoopSocket
+from dspex_kernels.streams import SCHEME, LoopStream
 
 REPLY_GRACE = 2.0
 """Seconds after a call's deadline in which the kernel's own ``timeout`` answer may still arrive."""
@@ -64,6 +65,9 @@ def new_context() -> zmq.asyncio.Context:
     context = zmq.asyncio.Context()
     context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
     return context
+
+
+Channel = LoopSocket | LoopStream
 
 
 @dataclass(eq=False, slots=True)
@@ -124,7 +128,7 @@ class KernelConnection:
         self._max_pending = max_pending
         self._grace = grace
         self._envelopes = Envelopes(self._info.get("key", b""), self._info.get("signature_scheme") or "hmac-sha256")
-        self._channels: dict[str, LoopSocket] = {}
+        self._channels: dict[str, Channel] = {}
         self._on_shell = self._on_control = 0
         """Calls that wait there."""
         self._road: str | None = None
@@ -371,14 +375,23 @@ class KernelConnection:
                 retry_after=1.0,
             )
 
-    def _channel(self, name: str) -> LoopSocket:
+    def _channel(self, name: str) -> Channel:
         return self._channels.get(name) or self._connect(name)
 
-    def _connect(self, name: str) -> LoopSocket:
+    def _connect(self, name: str) -> Channel:
         channel = self._channels[name] = self._connected(name, _address(self._info, name))
         return channel
 
-    def _connected(self, name: str, address: str) -> LoopSocket:
+    def _connected(self, name: str, address: str) -> Channel:
+        """A channel to an address.
+
+        Raises:
+            ZMQError: It is none.
+            OSError: Nobody listens there, at a unix socket.
+        """
+        take = functools.partial(self._take, name)
+        if address.startswith(SCHEME):
+            return LoopStream.connect(address.removeprefix(SCHEME), take)
         assert self._context is not None
         kind = zmq.SUB if name == "iopub" else zmq.DEALER
         socket: zmq.Socket[bytes] = self._context.socket(kind, socket_class=zmq.Socket)  # type: ignore[assignment,arg-type]  # not its own class
@@ -398,7 +411,7 @@ class KernelConnection:
         if kind == zmq.SUB:
             # Not everything: by that the kernel tells notebooks, which keep it from being culled, from its service.
             socket.subscribe(b"kernel.")
-        return LoopSocket(socket, functools.partial(self._take, name))
+        return LoopSocket(socket, take)
 
     async def _ensure_events(self) -> None:
         if self._failure is None:
@@ -413,12 +426,12 @@ class KernelConnection:
         """Send a command on the kernel's own channel; False where shell is to take it."""
         return self._road is not None and not self._on_shell and self._channels["road"].send(frames)
 
-    def _use_road(self, address: str, channel: LoopSocket) -> None:
+    def _use_road(self, address: str, channel: Channel) -> None:
         self._road, self._channels["road"] = address, channel
         if self._may_restart:
             channel.when_disconnected(lambda: self._leave_road(channel))
 
-    def _leave_road(self, channel: LoopSocket) -> None:
+    def _leave_road(self, channel: Channel) -> None:
         """Nobody is there any more: what was on its way is lost."""
         if self._channels.get("road") is not channel:
             return
@@ -437,14 +450,20 @@ class KernelConnection:
         """Where the kernel's own channel is known to be before the kernel tells: over ipc, beside the others."""
         path = config.road_path(str(self._info["ip"]))
         is_there = self._info.get("transport") == "ipc" and os.path.exists(path)  # noqa: PTH110  # it is no file
-        return f"ipc://{path}" if is_there and self._road is None else None
+        if not is_there or self._road is not None:
+            return None
+        return f"ipc://{path}" if self._info.get("curve_publickey") else SCHEME + path
 
     async def _info_by_road(self) -> dict[str, Any] | None:
         """What the kernel tells about itself, and its own channel taken; None where it is not asked there."""
         address = self._road_beside()
         if address is None or self._failure is not None:
             return None
-        channel = self._connected("road", address)
+        try:
+            channel = self._connected("road", address)
+        except OSError as failure:
+            _log.debug("kernel %s: its own channel %r is out of reach: %s", self.name, address, failure)
+            return None
         try:
             info = await self._answer(channel, "kernel_info_request", {})
             if info is not None and self._road is None and self._failure is None:
@@ -461,10 +480,10 @@ class KernelConnection:
             return
         try:
             channel = self._connected("road", address)
-        except zmq.ZMQError as failure:
-            _log.debug("kernel %s: its own channel %r is no address: %s", self.name, address, failure)
+        except (zmq.ZMQError, OSError) as failure:
+            _log.debug("kernel %s: its own channel %r is out of reach: %s", self.name, address, failure)
             return
-        unused: LoopSocket | None = channel
+        unused: Channel | None = channel
         try:
             if await self._is_of(channel, about) and address != self._road and self._failure is None:
                 unused = self._channels.pop("road", None)
@@ -473,7 +492,7 @@ class KernelConnection:
             if unused is not None:
                 unused.close(linger=0)
 
-    async def _is_of(self, channel: LoopSocket, about: Mapping[str, Any]) -> bool:
+    async def _is_of(self, channel: Channel, about: Mapping[str, Any]) -> bool:
         ping = messages.Request(command="ping").model_dump(exclude_none=True)
         answer = await self._answer(channel, messages.REQUEST, ping)
         try:
@@ -482,7 +501,7 @@ class KernelConnection:
             _log.debug("kernel %s: it does not answer on its own channel: %s", self.name, failure)
             return False
 
-    async def _answer(self, channel: LoopSocket, msg_type: str, content: dict[str, Any]) -> dict[str, Any] | None:
+    async def _answer(self, channel: Channel, msg_type: str, content: dict[str, Any]) -> dict[str, Any] | None:
         """The kernel's answer on a channel that may not be its own; None where there is none in time."""
         message_id, frames = self._envelopes.seal(msg_type, content)
         waiting = self._waiting[message_id] = _Waiting(None, asyncio.get_running_loop().create_future())
@@ -619,7 +638,8 @@ def _bytes(value: str | bytes) -> bytes:
 def _road_address(info: Mapping[str, Any], endpoint: Any) -> str | None:
     """Where the endpoint that a kernel told of is for who has this connection file; None where it told of none."""
     transport, separator, place = str(endpoint or "").partition("://")
-    if not separator or transport != info.get("transport", "tcp"):
+    theirs = info.get("transport", "tcp")
+    if not separator or transport not in ((theirs, "unix") if theirs == "ipc" else (theirs,)):
         return None
     # Over tcp a kernel may name all its addresses at once: the connection file says by which it is reached.
     return f"tcp://{info['ip']}:{place.rpartition(':')[2]}" if transport == "tcp" else str(endpoint)

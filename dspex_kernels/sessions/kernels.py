@@ -150,6 +150,8 @@ class GuardedKernelManager(AsyncKernelManager):
 
     service_id = Unicode("", help="Whose guardian; empty leaves the kernelspec as it is.").tag(config=True)
     sockets_dir = Unicode("", help="Where ipc sockets are; empty is beside the connection file.").tag(config=True)
+    _spec: tuple[KernelSpec, KernelSpec] | None = None
+    """The kernelspec as it was found, and as it is used."""
 
     @default("transport")
     def _default_transport(self) -> str:
@@ -167,18 +169,29 @@ class GuardedKernelManager(AsyncKernelManager):
         spec = super().kernel_spec
         if not self.service_id or spec is None:
             return spec
+        if self._spec is None or self._spec[0] is not spec:
+            self._spec = spec, self._guarded(spec)
+        return self._spec[1]
+
+    def _guarded(self, spec: KernelSpec) -> KernelSpec:
         guarded = copy.copy(spec)
         given = {"service_id": self.service_id, "remove_paths": [self.sockets_dir] if self.sockets_dir else []}
         provisioner = {"provisioner_name": PROVISIONER, "config": given}
         guarded.metadata = {**spec.metadata, "kernel_provisioner": provisioner}
         return guarded
 
-    async def _async_start_kernel(self, **kwargs: Any) -> None:
-        """Called by Jupyter. Its own sleeps for 10 ms in the end, for its tests' sake."""
+    async def _async_start_kernel(self, *, log: asyncio.Task[IO[bytes]], **kwargs: Any) -> None:
+        """Called by Jupyter. Its own sleeps for 10 ms in the end, for its tests' sake.
+
+        Args:
+            log: Where its stdout and stderr go; it may be opened meanwhile.
+            **kwargs: Jupyter's own.
+        """
         self._attempted_start = True
         self._ready = asyncio.get_running_loop().create_future()
         try:
             command, options = await self._async_pre_start_kernel(**kwargs)
+            options |= {"stdout": await asyncio.shield(log), "stderr": subprocess.STDOUT}
             await self._async_launch_kernel(command, **options)
             await self._async_post_start_kernel(**options)
         except Exception as failure:
@@ -453,22 +466,22 @@ class Kernels(LoggingConfigurable):
         self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None, max_pending: int
     ) -> None:
         """Start the process, watch it, and open the connection to it."""
-        with await self._open_log(kernel) as log_file:
+        kernel.connection_file = str(self._connection_file(kernel))
+        opening = self._tasks.spawn(asyncio.to_thread(_make_files, kernel))
+        try:
             # Never cancelled halfway: Jupyter would lose sight of a process that runs already.
             await self._tasks.finish(
                 self._multi.start_kernel(
                     kernel_name=self.kernel_name,
                     kernel_id=kernel.kernel_id,
                     env=self._env(kernel, env),
-                    stdout=log_file,
-                    stderr=subprocess.STDOUT,
+                    log=opening,
                 )
             )
+        finally:
+            opening.add_done_callback(_close_result)
         manager = self._multi.get_kernel(kernel.kernel_id)
-        kernel.connection_file = manager.connection_file
         kernel.pid = manager.provisioner.pid if isinstance(manager.provisioner, LocalProvisioner) else None
-        if kernel.link is not None:
-            await asyncio.to_thread(_link, kernel.link, kernel.connection_file)
         kernel._connection = KernelConnection(
             manager.get_connection_info(),
             context=self._context,
@@ -481,14 +494,9 @@ class Kernels(LoggingConfigurable):
         await kernel._connection.open()
         self._watch(kernel, manager.provisioner)
 
-    async def _open_log(self, kernel: Kernel) -> IO[bytes]:
-        opening = self._tasks.spawn(asyncio.to_thread(kernel_log.open_log, kernel.log_path))
-        try:
-            log_file: IO[bytes] = await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(_close_result)  # a thread cannot be cancelled
-            raise
-        return log_file
+    def _connection_file(self, kernel: Kernel) -> Path:
+        """Where Jupyter has it."""
+        return Path(self._multi.connection_dir) / f"kernel-{kernel.kernel_id}.json"
 
     async def _start_failed(
         self, kernel: Kernel, failure: BaseException, timeout: float
@@ -568,7 +576,6 @@ class Kernels(LoggingConfigurable):
         kernel._unwatch.close()
         if kernel._connection is not None:
             await kernel._connection.close()
-        connection_file = Path(self._multi.connection_dir) / f"kernel-{kernel.kernel_id}.json"
         try:
             if kernel.kernel_id in self._multi or kernel.kernel_id in self._multi._pending_kernels:
                 async with asyncio.timeout(SHUTDOWN_TIMEOUT):
@@ -577,7 +584,7 @@ class Kernels(LoggingConfigurable):
             self.log.exception("%s: kernel %s could not be ended", kernel.whose, kernel.kernel_id)
         finally:
             self._multi._pending_kernels.pop(kernel.kernel_id, None)
-            connection_file.unlink(missing_ok=True)  # Jupyter leaves it when the launch itself failed
+            self._connection_file(kernel).unlink(missing_ok=True)  # Jupyter leaves it when the launch itself failed
             link = kernel.link
             if link is not None and link.is_symlink() and not link.exists():  # else it is the next kernel's already
                 link.unlink()
@@ -661,6 +668,18 @@ async def _open_guardian(tenure: Tenure, services: Path) -> Any:
         )
     provisioner = await asyncio.to_thread(next(iter(found)).load)
     return await provisioner.open_guardian(tenure.service_id, services, lease=tenure.lock)
+
+
+def _make_files(kernel: Kernel) -> IO[bytes]:
+    """Open a kernel's log, and point the link to its connection file, which may come later."""
+    log = kernel_log.open_log(kernel.log_path)
+    if kernel.link is not None:
+        try:
+            _link(kernel.link, kernel.connection_file)
+        except BaseException:
+            log.close()
+            raise
+    return log
 
 
 def _link(link: Path, connection_file: str) -> None:

@@ -379,7 +379,8 @@ class Places:
     async def _enter(self, live: LiveSession, backend: SessionBackend) -> None:
         """Open a place and make it ready; another one, where it is lost meanwhile: nothing of any call has run."""
         for pause in OPEN_PAUSES:
-            await asyncio.sleep(pause)
+            if pause:
+                await asyncio.sleep(pause)
             self._check_running()
             times_deposed = self._tenure.times_deposed
             await self._keeper.drain(live)

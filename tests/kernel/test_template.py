@@ -190,7 +190,7 @@ def test_a_lean_kernel_that_stood_by_runs_the_threads_that_it_made_then_and_no_m
     kernel = fork(LEAN).start()
     names = kernel.value("sorted(t.name for t in __import__('threading').enumerate())")
     channels = ["Control", "IOPub", "MainThread", "Shell channel"]
-    assert names == [*channels, "dspex-commands", "dspex-dspy_0", "dspex-journal_0"]
+    assert names == [*channels, "dspex-commands", "dspex-journal_0"]
 
 
 @pytest.mark.parametrize("env", [LEAN, {}], ids=["lean", "full"])

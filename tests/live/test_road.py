@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 import zmq
 from jupyter_client.session import Session
 
-from dspex_kernels import SessionService, connect_kernel, errors
+from dspex_kernels import SessionService, config, connect_kernel, errors
 from dspex_kernels.protocol.envelopes import Envelopes
 from dspex_kernels.sessions.kernel_connection import KernelConnection
 from tests.live.kernels import LiveKernel
+from tests.peers import DealerPeer, UnixPeer
 from tests.waiting import wait_for, wait_until
 
 RUN = {"program_id": "qa", "inputs": {"question": "?"}}
@@ -32,32 +34,27 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 class Peer:
-    """The plainest client of the channel: a DEALER, with Jupyter's own session."""
+    """The plainest client of the channel, with Jupyter's own session."""
 
     def __init__(self, kernel: LiveKernel, key: bytes | None = None) -> None:
         info = kernel.manager.get_connection_info()
         self.endpoint = kernel.reply(kernel.send_raw({}, msg_type="kernel_info_request"))["dspex"]["endpoint"]
         self.session = Session(key=key or info["key"])
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.linger = 0
-        if "curve_publickey" in info:
-            public, secret = (info[f"curve_{half}key"] for half in ("public", "secret"))
-            self.socket.curve_serverkey = self.socket.curve_publickey = (
-                public.encode() if isinstance(public, str) else public
-            )
-            self.socket.curve_secretkey = secret.encode() if isinstance(secret, str) else secret
-        self.socket.connect(self.endpoint)
+        self.wire: UnixPeer | DealerPeer
+        if self.endpoint.startswith("unix://"):
+            self.wire = UnixPeer.connect(self.endpoint.removeprefix("unix://"))
+        else:
+            self.wire = DealerPeer(self.endpoint, **_curve(info))
 
     def frames(self, command: str, args: dict[str, Any] | None = None, **content: Any) -> list[bytes]:
         message = self.session.msg("dspex_request", {"command": command, "args": args or {}, **content})
         return list(self.session.serialize(message))
 
     def send(self, *frames: bytes) -> None:
-        self.socket.send_multipart(frames)
+        self.wire.send(*frames)
 
     def answer(self, deadline: float = 20.0) -> dict[str, Any]:
-        wait_for(lambda: self.socket.poll(0), deadline=deadline, what="a reply on the channel")
-        _, parts = self.session.feed_identities(self.socket.recv_multipart())
+        _, parts = self.session.feed_identities(self.wire.receive(deadline))
         return dict(self.session.deserialize(parts)["content"])
 
     def ask(self, command: str, args: dict[str, Any] | None = None, **content: Any) -> dict[str, Any]:
@@ -65,11 +62,51 @@ class Peer:
         return self.answer()
 
 
+def _curve(info: dict[str, Any]) -> dict[str, bytes]:
+    """A socket's options for a kernel that encrypts."""
+    if "curve_publickey" not in info:
+        return {}
+    public, secret = (info[f"curve_{half}key"] for half in ("public", "secret"))
+    public, secret = (key.encode() if isinstance(key, str) else key for key in (public, secret))
+    return {"curve_serverkey": public, "curve_publickey": public, "curve_secretkey": secret}
+
+
+@pytest.fixture(scope="module", params=["tcp", "ipc"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[LiveKernel]:
+    """The module's kernel: its own channel is ZMQ's over tcp, a plain unix socket over ipc."""
+    with LiveKernel(transport=request.param) as kernel:
+        yield kernel
+
+
 @pytest.fixture
-def peer(offline: LiveKernel) -> Iterator[Peer]:
-    peer = Peer(offline)
-    yield peer
-    peer.socket.close()
+def make_peer(offline: LiveKernel) -> Iterator[Callable[..., Peer]]:
+    with contextlib.ExitStack() as made:
+
+        def make(**options: Any) -> Peer:
+            peer = Peer(offline, **options)
+            made.callback(peer.wire.close)
+            return peer
+
+        yield make
+
+
+@pytest.fixture
+def peer(make_peer: Callable[..., Peer]) -> Peer:
+    return make_peer()
+
+
+def test_it_is_where_the_kernels_transport_has_it(offline: LiveKernel, peer: Peer) -> None:
+    info = offline.manager.get_connection_info()
+    named = offline.execute("import os; print(os.environ.get('DSPEX_ROAD'))")
+    offline.reply(named)
+    if info["transport"] == "tcp":
+        place = "None"
+        assert peer.endpoint.startswith("tcp://")
+    else:
+        place = config.road_path(info["ip"])
+        assert peer.endpoint == f"unix://{place}"
+        assert Path(place).is_socket()
+    assert wait_for(lambda: offline.output(named), what="what the starter named") == f"{place}\n"
 
 
 def test_a_stock_client_is_answered_on_shell_and_control_as_ever(offline: LiveKernel, peer: Peer) -> None:
@@ -100,17 +137,20 @@ def test_whoever_watches_the_kernel_sees_its_commands_and_their_output(offline: 
 
 
 @pytest.mark.parametrize("how", ["another key", "no signature", "no frames", "no request", "no content"])
-def test_what_is_not_a_request_of_the_kernels_own_is_dropped(offline: LiveKernel, peer: Peer, how: str) -> None:
+def test_what_is_not_a_request_of_the_kernels_own_is_dropped(
+    make_peer: Callable[..., Peer], peer: Peer, how: str
+) -> None:
     match how:
         case "another key":
-            stranger = Peer(offline, key=b"another key")
+            stranger = make_peer(key=b"another key")
             stranger.send(*stranger.frames("reset"))
-            stranger.socket.close()
         case "no signature":
             frames = peer.frames("reset")
             peer.send(frames[0], b"", *frames[2:])
         case "no frames":
             peer.send(b"hello")
+            if isinstance(peer.wire, UnixPeer):
+                peer.send()
         case "no request":
             peer.send(*peer.session.serialize(peer.session.msg("shutdown_request", {"restart": False})))
         case "no content":
@@ -119,7 +159,7 @@ def test_what_is_not_a_request_of_the_kernels_own_is_dropped(offline: LiveKernel
             peer.send(sealed[0], Envelopes(peer.session.key)._sign(spoilt), *spoilt)
             assert peer.answer()["error"]["code"] == "invalid_message"
     assert peer.ask("list_programs")["status"] == "ok"
-    assert peer.socket.poll(0) == 0
+    assert not peer.wire.has_come()
 
 
 def test_a_request_that_was_recorded_is_refused_on_every_channel(offline: LiveKernel, peer: Peer) -> None:
@@ -176,32 +216,33 @@ def test_a_call_on_the_road_is_cancelled_over_control_and_streams_as_on_shell(of
     run(work())
 
 
-def test_it_is_encrypted_where_the_kernel_is() -> None:
-    with LiveKernel(transport_encryption="required") as kernel:
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_it_is_encrypted_where_the_kernel_is(transport: str) -> None:
+    with LiveKernel(transport=transport, transport_encryption="required") as kernel:
         peer = Peer(kernel)
+        assert peer.endpoint.startswith(f"{transport}://")
         assert peer.ask("list_programs")["status"] == "ok"
-        peer.socket.close()
-        plain = zmq.Context.instance().socket(zmq.DEALER)
-        plain.linger = 0
-        plain.immediate = True
-        plain.connect(peer.endpoint)
-        assert plain.poll(500, zmq.POLLOUT) == 0
+        peer.wire.close()
+        plain = DealerPeer(peer.endpoint, immediate=True)
+        assert plain.socket.poll(500, zmq.POLLOUT) == 0
         plain.close()
 
 
-def test_a_restarted_kernel_is_found_again_by_a_client_that_stayed() -> None:
-    with LiveKernel() as kernel:
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_a_restarted_kernel_is_found_again_by_a_client_that_stayed(transport: str) -> None:
+    with LiveKernel(transport=transport) as kernel:
 
         async def work() -> None:
             async with KernelConnection(kernel.manager.get_connection_info()) as link:
                 before = await link.identify()
+                road = link._channels["road"]
                 await link.request("list_programs")
                 await asyncio.to_thread(kernel.restart)
                 assert (await link.request("list_programs"))["count"] == 0
-                await wait_until(lambda: link._road not in (None, before["endpoint"]), what="the new road")
+                await wait_until(lambda: link._channels.get("road") not in (None, road), what="the new road")
                 after = await link.identify()
-                assert before["endpoint"].startswith("tcp://")
                 assert link._road == after["endpoint"]
+                assert (before["endpoint"] == after["endpoint"]) is (transport == "ipc")
                 assert (await link.request("list_programs"))["count"] == 0
 
         run(work())
@@ -221,7 +262,7 @@ def test_over_ipc_nothing_of_it_is_left(tmp_path: Path, end: str) -> None:
             async with connect_kernel(file) as direct:
                 endpoint = (await direct.info())["endpoint"]
                 assert (await direct.program("qa").acall(question="?")).answer
-            socket = Path(endpoint.removeprefix("ipc://"))
+            socket = Path(endpoint.removeprefix("unix://"))
             assert socket.is_socket()
             assert socket.parent.stat().st_mode & 0o777 == 0o700
             if end == "killed":

@@ -60,12 +60,12 @@ class Forks:
 
     def output(self, code, **options):
         with (self.tmp_path / "output").open("w+") as file:
-            process = self.run(f"{code}\nready()", stdout=file, stderr=file, **options)
+            process = self.run(f"{code}\nbound()", stdout=file, stderr=file, **options)
             assert process.ended.result(60) == 0, (self.tmp_path / "output").read_text()
         return (self.tmp_path / "output").read_text()
 
 
-WAIT = "ready()\nimport signal; signal.pause()"
+WAIT = "bound()\nimport signal; signal.pause()"
 
 
 def test_a_forked_kernel_is_the_guardians_child_and_leads_its_session(forks):
@@ -94,7 +94,7 @@ def threads_of(pid):
     ],
 )
 def test_how_a_forked_kernel_ends_is_reported(forks, code, expected):
-    assert forks.run(f"ready()\n{code}").ended.result(60) == expected
+    assert forks.run(f"bound()\n{code}").ended.result(60) == expected
 
 
 def test_what_ends_before_it_serves_is_a_kernel_that_has_ended(forks):
@@ -142,7 +142,7 @@ print([fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}")])
 print([s.name for s in signal.Signals if signal.getsignal(s) == signal.SIG_IGN])
 print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 """
-    told = forks.output(f"ready()\n{code}").splitlines()
+    told = forks.output(f"bound()\n{code}").splitlines()
     assert told == ["[]", "['SIGPIPE', 'SIGXFSZ']", "True set()"]
 
 
@@ -173,7 +173,7 @@ def test_numpys_generator_is_each_kernels_own_where_numpy_is_there(guardian, tmp
 
 
 def test_what_a_kernel_imports_in_its_life_is_there_before_it_is_forked(forks):
-    forks.run("ready()").ended.result(60)  # the first one does not wait for the rehearsal
+    forks.run("bound()").ended.result(60)  # the first one does not wait for the rehearsal
     assert forks.output("import sys; print('colorsys' in sys.modules)").strip() == "True"
 
 
@@ -183,7 +183,7 @@ def test_a_rehearsal_that_fails_costs_nobody_a_kernel(guardian, tmp_path):
 
 
 def test_a_forked_kernel_leaves_no_descriptor_in_the_guardian_and_none_here(forks):
-    forks.run("ready()").ended.result(60)
+    forks.run("bound()").ended.result(60)
 
     def descriptors():
         return [
@@ -223,7 +223,7 @@ def test_kernels_outlive_their_fork_server_and_the_next_one_has_a_new_one(forks)
 
 
 def test_who_waits_for_a_fork_server_that_dies_meanwhile_has_a_kernel_of_the_next(forks):
-    forks.run("ready()").ended.result(60)
+    forks.run("bound()").ended.result(60)
     server = Identity.of(forks.server.pid)
     halt(server.pid)
     taken = [forks.server.take(0) for _ in range(3)]
@@ -231,11 +231,11 @@ def test_who_waits_for_a_fork_server_that_dies_meanwhile_has_a_kernel_of_the_nex
     kernels = [one.result(60) for one in taken]
     assert len({kernel.pid for kernel in kernels}) == 3
     assert forks.server.pid != server.pid
-    assert [forks.assign(kernel, "ready()").result(60).ended.result(60) for kernel in kernels] == [0, 0, 0]
+    assert [forks.assign(kernel, "bound()").result(60).ended.result(60) for kernel in kernels] == [0, 0, 0]
 
 
 def test_many_are_forked_while_others_die_and_none_is_taken_for_an_orphan(forks):
-    forks.run("ready()").ended.result(60)
+    forks.run("bound()").ended.result(60)
     doomed = [forks.server.take(0) for _ in range(20)]
     wanted = []
     for taken in doomed:
@@ -245,14 +245,14 @@ def test_many_are_forked_while_others_die_and_none_is_taken_for_an_orphan(forks)
     kernels = [taken.result(60) for taken in wanted]
     assert {taken.result(60).ended.result(60) for taken in doomed} == {-signal.SIGKILL}
     for kernel in kernels:
-        forks.assign(kernel, "ready()").result(60)
+        forks.assign(kernel, "bound()").result(60)
     assert {kernel.ended.result(60) for kernel in kernels} == {0}
 
 
 def test_orphans_of_a_forked_kernel_are_killed(forks, tmp_path):
     code = """
 import os, signal
-ready()
+bound()
 child = os.fork()
 if not child:
     os.setsid()
@@ -288,7 +288,7 @@ def test_no_kernel_stands_by_before_one_was_used_and_then_they_are_handed_out(fo
     assert forks.server.standby == []
     first = forks.take(2)
     assert forks.server.standby == []  # whoever waits comes first
-    forks.assign(first, "ready()").result(60)
+    forks.assign(first, "bound()").result(60)
     forks.server.refill()
     wait_for(lambda: len(forks.server.standby) == 2, what="two that stand by")
     standing = forks.server.standby
@@ -304,24 +304,37 @@ def test_a_kernel_that_nobody_waits_for_is_parked_in_a_directory_of_its_own_and_
     first = forks.output("print(parked, warmed)")
     assert first.split() == ["0", "False"]  # it does not wait for the rehearsal
     assert forks.output("print(parked, warmed)").split() == ["0", "True"]
-    forks.assign(forks.take(1), "ready()").result(60)
+    forks.assign(forks.take(1), "bound()").result(60)
     forks.server.refill()
-    directory = Path(wait_for(lambda: (tmp_path / "parked").exists() and (tmp_path / "parked").read_text()))
+    parked = tmp_path / "parked"
+    directory = Path(wait_for(lambda: parked.exists() and parked.read_text(), what="the parked one"))
     assert directory.parent == Path(guardian.directory)
+    serving = f"import os; print(parked, os.path.exists({str(directory)!r})); serving()"
+    assert forks.output(serving).split() == ["2", "True"]
+    assert not directory.exists()
+
+
+def test_what_a_kernel_has_set_aside_goes_with_it_when_it_is_killed(guardian, tmp_path):
+    parked = tmp_path / "parked"
+    forks = Forks(guardian, tmp_path, LC_PARKED=str(parked))
+    forks.run("bound()").ended.result(60)
+    kernel = forks.take(0)
+    directory = Path(wait_for(lambda: parked.exists() and parked.read_text(), what="the parked one"))
+    (directory / "socket").touch()
+    kernel.send_signal(signal.SIGKILL).result(60)
     wait_for(lambda: not directory.exists(), what="the directory to be removed")
-    assert forks.output("print(parked)").strip() == "2"
 
 
 def test_a_rehearsal_that_fails_costs_no_kernel_and_no_fork_server(guardian, tmp_path):
     forks = Forks(guardian, tmp_path, LC_WARM="raise OSError('no room')")
-    forks.run("ready()")
+    forks.run("bound()")
     pid = forks.server.pid
     assert forks.output("print(warmed)").strip() == "False"
     assert forks.server.pid == pid
 
 
 def test_a_kernel_that_dies_while_it_stands_by_is_replaced_and_not_handed_out(forks):
-    forks.assign(forks.take(1), "ready()").result(60)
+    forks.assign(forks.take(1), "bound()").result(60)
     forks.server.refill()
     (dead,) = wait_for(lambda: forks.server.standby, what="one that stands by")
     os.kill(dead, signal.SIGKILL)
@@ -331,7 +344,7 @@ def test_a_kernel_that_dies_while_it_stands_by_is_replaced_and_not_handed_out(fo
 
 @pytest.mark.parametrize("change", ["fewer", "retired"])
 def test_a_kernel_that_is_forked_ahead_and_not_wanted_any_more_does_not_stand_by(forks, change):
-    forks.assign(forks.take(1), "ready()").result(60)
+    forks.assign(forks.take(1), "bound()").result(60)
     forks.server._refill_now()
     assert forks.server._is_refilling
     if change == "fewer":
@@ -344,7 +357,7 @@ def test_a_kernel_that_is_forked_ahead_and_not_wanted_any_more_does_not_stand_by
 
 
 def test_kernels_that_keep_dying_while_they_stand_by_are_not_replaced_for_ever(forks):
-    forks.assign(forks.take(1), "ready()").result(60)
+    forks.assign(forks.take(1), "bound()").result(60)
     forks.server.refill()
     dead = []
     while len(dead) < 3:
@@ -356,13 +369,13 @@ def test_kernels_that_keep_dying_while_they_stand_by_are_not_replaced_for_ever(f
     wait_for(lambda: not forks.server.standby, what="no more")
     forks.server._refill_now()
     assert not forks.server._is_refilling
-    assert forks.run("ready()").ended.result(60) == 0
+    assert forks.run("bound()").ended.result(60) == 0
 
 
 def test_a_fork_server_whose_sources_change_is_started_anew_with_all_that_stands_by(guardian, tmp_path):
     (tmp_path / "config").write_text("old")
     forks = Forks(guardian, tmp_path, LC_SOURCE=str(tmp_path / "config"))
-    forks.assign(forks.take(1), "ready()").result(60)
+    forks.assign(forks.take(1), "bound()").result(60)
     forks.server.refill()
     (outdated,) = wait_for(lambda: forks.server.standby, what="one that stands by")
     served = Identity.of(forks.server.pid)
@@ -467,14 +480,14 @@ except MemoryError:
     print("bounded")
 """
     with (forks.tmp_path / "told").open("w+") as file:
-        process = forks.assign(forks.take(), f"ready(){code}", memory_limit=256 << 20, stdout=file).result(60)
+        process = forks.assign(forks.take(), f"bound(){code}", memory_limit=256 << 20, stdout=file).result(60)
         assert process.ended.result(60) == 0
     assert (forks.tmp_path / "told").read_text() == "bounded\n"
 
 
 def test_the_fork_server_has_one_thread_and_nothing_of_the_kernels_environment(guardian, tmp_path):
     forks = Forks(guardian, tmp_path, A_SECRET_KEY="sk-not-to-be-seen")
-    forks.run("ready()").ended.result(60)
+    forks.run("bound()").ended.result(60)
     assert threads_of(forks.server.pid) == 1
     seen = (
         Path(f"/proc/{forks.server.pid}/environ").read_bytes()

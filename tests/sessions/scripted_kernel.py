@@ -10,6 +10,9 @@ import zmq
 import zmq.asyncio
 from jupyter_client.session import Session as MessageSession
 
+from dspex_kernels import config
+from dspex_kernels.streams import StreamListener
+
 Answer = Callable[["ScriptedKernel", dict[str, Any]], Awaitable[dict[str, Any] | None]]
 """Takes the kernel and a request's message; returns the reply's content, or None for silence."""
 
@@ -68,6 +71,9 @@ class ScriptedKernel:
         self.requests: list[dict[str, Any]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sockets: dict[str, zmq.asyncio.Socket] = {}
+        self._listeners: dict[str, StreamListener] = {}
+        self._senders: dict[str, Callable[[list[bytes]], Any]] = {}
+        """By the id of a request that came over a unix socket: what sends its answers."""
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
@@ -98,18 +104,28 @@ class ScriptedKernel:
 
     def open_road(self, channel: str = "dspex") -> None:
         """Open a channel of its own and tell of it from now on."""
-        place = self._bind(channel, zmq.ROUTER, 6)
-        address = f"ipc://{self._ip}-{place}" if self._transport == "ipc" else f"tcp://0.0.0.0:{place}"
+        if self._transport == "ipc" and self._curve is None:
+            listener = self._listeners[channel] = StreamListener(config.road_path(self._ip))
+            listener.listen(lambda frames, send: self._take(channel, frames, send))
+            address = f"unix://{listener.path}"
+        else:
+            place = self._bind(channel, zmq.ROUTER, 6)
+            address = f"ipc://{self._ip}-{place}" if self._transport == "ipc" else f"tcp://0.0.0.0:{place}"
+            self._spawn(self._serve(channel))
         self.about = {**self.about, "endpoint": address}
-        self._spawn(self._serve(channel))
 
     def close_road(self, channel: str = "dspex") -> None:
-        self._sockets.pop(channel).close(linger=0)
+        if channel in self._listeners:
+            self._listeners.pop(channel).close(linger=0)
+        else:
+            self._sockets.pop(channel).close(linger=0)
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in list(self._listeners):
+            self.close_road(channel)
         self._context.destroy(linger=0)
 
     def _bind(self, channel: str, kind: int, number: int) -> int:
@@ -129,11 +145,16 @@ class ScriptedKernel:
             if channel == "iopub":
                 await self.publish("iopub_welcome", {"subscription": ""}, {})
                 continue
-            idents, parts = self.session.feed_identities(frames)
-            message = self.session.deserialize(parts)
-            message["channel"] = channel
-            self.requests.append(message)
-            self._spawn(self._handle(channel, idents, message))
+            self._take(channel, frames)
+
+    def _take(self, channel: str, frames: list[bytes], send: Callable[[list[bytes]], Any] | None = None) -> None:
+        idents, parts = self.session.feed_identities(frames)
+        message = self.session.deserialize(parts)
+        message["channel"] = channel
+        if send is not None:
+            self._senders[message["msg_id"]] = send
+        self.requests.append(message)
+        self._spawn(self._handle(channel, idents, message))
 
     async def _handle(self, channel: str, idents: list[bytes], message: dict[str, Any]) -> None:
         if message["msg_type"] == "kernel_info_request":
@@ -152,7 +173,11 @@ class ScriptedKernel:
         self, channel: str, idents: list[bytes], parent: dict[str, Any], msg_type: str, content: Any
     ) -> None:
         message = self.session.msg(msg_type, content, parent=parent)
-        await self._sockets[channel].send_multipart([*idents, *self.session.serialize(message)])
+        frames = [*idents, *self.session.serialize(message)]
+        if (send := self._senders.get(parent["msg_id"])) is not None:
+            send(frames)
+        else:
+            await self._sockets[channel].send_multipart(frames)
 
     async def send_raw(self, channel: str, frames: list[bytes]) -> None:
         await self._sockets[channel].send_multipart(frames)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from dspex_kernels import errors
+from dspex_kernels import config, errors
 from dspex_kernels.sessions.kernel_connection import KernelConnection
+from tests.peers import UnixPeer
 from tests.sessions.scripted_kernel import ABOUT, ScriptedKernel, failed, ok
 from tests.waiting import wait_until
 
@@ -21,6 +24,11 @@ def run(work: Coroutine[Any, Any, None]) -> None:
             await work
 
     asyncio.run(bounded())
+
+
+def address(transport: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A kernel's ``ip``."""
+    return "127.0.0.1" if transport == "tcp" else str(tmp_path_factory.mktemp("ipc") / "k")
 
 
 async def silence(kernel: ScriptedKernel, message: dict[str, Any]) -> None:
@@ -67,7 +75,7 @@ def test_a_hundred_concurrent_calls_get_their_own_answers_in_whatever_order_they
 @pytest.mark.parametrize(("transport", "curve"), [("tcp", False), ("tcp", True), ("ipc", False), ("ipc", True)])
 def test_it_speaks_over_tcp_and_ipc_with_and_without_encryption(transport, curve, tmp_path_factory):
     async def work() -> None:
-        ip = "127.0.0.1" if transport == "tcp" else str(tmp_path_factory.mktemp("ipc") / "k")
+        ip = address(transport, tmp_path_factory)
         async with (
             ScriptedKernel(transport=transport, ip=ip, curve=curve) as kernel,
             KernelConnection(kernel.connection_info) as link,
@@ -426,35 +434,96 @@ def channels(kernel: ScriptedKernel) -> list[str]:
     return [m["channel"] for m in kernel.requests if m["msg_type"] == "dspex_request"]
 
 
-@pytest.mark.parametrize(("transport", "curve"), [("tcp", False), ("tcp", True), ("ipc", False), ("ipc", True)])
-def test_commands_take_the_road_that_a_kernel_tells_of(transport, curve, tmp_path_factory):
+@pytest.mark.parametrize(
+    ("transport", "curve", "scheme"),
+    [("tcp", False, "tcp"), ("tcp", True, "tcp"), ("ipc", False, "unix"), ("ipc", True, "ipc")],
+)
+def test_commands_take_the_road_that_a_kernel_tells_of(transport, curve, scheme, tmp_path_factory):
     async def work() -> None:
-        ip = "127.0.0.1" if transport == "tcp" else str(tmp_path_factory.mktemp("ipc") / "k")
+        ip = address(transport, tmp_path_factory)
         async with (
             ScriptedKernel(transport=transport, ip=ip, curve=curve, road=True) as kernel,
             KernelConnection(kernel.connection_info) as link,
         ):
-            await link.identify(timeout=10)
+            assert (await link.identify(timeout=10))["endpoint"].startswith(f"{scheme}://")
             for command in ("list_programs", "get_stats", "list_programs"):
                 assert await link.request(command) == {"args": {}}
             assert channels(kernel) == ["dspex", "control", "dspex"]
+            assert link.strays == 0
 
     run(work())
 
 
 @pytest.mark.parametrize(
-    "endpoint", [None, "", "nonsense", "tcp://127.0.0.1:1", "ipc:///nowhere/at-all", "tcp://127.0.0.1:no-port"]
+    ("transport", "endpoint"),
+    [
+        *(("tcp", endpoint) for endpoint in (None, "", "nonsense", "tcp://127.0.0.1:1", "tcp://127.0.0.1:no-port")),
+        *((transport, f"{scheme}:///nowhere/at-all") for transport in ("tcp", "ipc") for scheme in ("ipc", "unix")),
+        *(("ipc", endpoint) for endpoint in ("unix://", "unix:///" + 30 * "long")),
+    ],
 )
-def test_where_no_road_can_be_reached_commands_take_shell(endpoint, monkeypatch):
+def test_where_no_road_can_be_reached_commands_take_shell(transport, endpoint, tmp_path_factory, monkeypatch):
     monkeypatch.setattr("dspex_kernels.sessions.kernel_connection.ROAD_TIMEOUT", 0.1)
 
     async def work() -> None:
         about = {**ABOUT, "endpoint": endpoint}
-        async with ScriptedKernel(about=about) as kernel, KernelConnection(kernel.connection_info) as link:
+        ip = address(transport, tmp_path_factory)
+        async with (
+            ScriptedKernel(about=about, transport=transport, ip=ip) as kernel,
+            KernelConnection(kernel.connection_info) as link,
+        ):
             assert (await link.identify(timeout=10))["session_id"] == "s1"
             await link.request("list_programs")
             assert channels(kernel) == ["shell"]
             assert link.strays == 0
+
+    run(work())
+
+
+def test_a_unix_socket_that_a_kernel_tells_of_over_tcp_is_not_taken(tmp_path_factory):
+    async def work() -> None:
+        ip = address("ipc", tmp_path_factory)
+        async with (
+            ScriptedKernel(transport="ipc", ip=ip, road=True) as beside,
+            ScriptedKernel(about=beside.about) as kernel,
+            KernelConnection(kernel.connection_info) as link,
+        ):
+            assert (await link.identify(timeout=10))["endpoint"].startswith("unix://")
+            await link.request("list_programs")
+            assert channels(kernel) == ["shell"]
+            assert beside.requests == []
+
+    run(work())
+
+
+@pytest.mark.parametrize("listens", [False, True], ids=["of a killed kernel", "of one that starts"])
+def test_where_nobody_answers_on_its_road_a_kernel_is_asked_over_control(listens, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("dspex_kernels.sessions.kernel_connection.ROAD_TIMEOUT", 0.1)
+
+    async def work() -> None:
+        ip = address("ipc", tmp_path_factory)
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.settimeout(10)
+            silent.bind(config.road_path(ip))
+            if listens:
+                silent.listen()
+            else:
+                silent.close()
+            async with (
+                ScriptedKernel(transport="ipc", ip=ip) as kernel,
+                KernelConnection(kernel.connection_info) as link,
+            ):
+                assert (await link.identify(timeout=10))["session_id"] == "s1"
+                await link.request("list_programs")
+                if listens:
+                    with contextlib.closing(UnixPeer(silent.accept()[0])) as asked:
+                        assert asked.receive()
+                        with pytest.raises(EOFError):  # it was asked once, and left
+                            asked.receive()
+                kernel.open_road()
+                await link.identify(timeout=10)
+                await link.request("list_programs")
+                assert channels(kernel) == ["shell", "dspex"]
 
     run(work())
 
@@ -479,10 +548,11 @@ def test_a_road_at_which_another_answers_is_not_taken(why, monkeypatch):
     run(work())
 
 
-def test_a_road_that_is_gone_leaves_the_commands_to_shell_until_the_new_one_is_found():
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_a_road_that_is_gone_leaves_the_commands_to_shell_until_the_new_one_is_found(transport, tmp_path_factory):
     async def work() -> None:
         async with (
-            ScriptedKernel(road=True) as kernel,
+            ScriptedKernel(transport=transport, ip=address(transport, tmp_path_factory), road=True) as kernel,
             KernelConnection(kernel.connection_info, grace=0.05) as link,
         ):
             await link.identify(timeout=10)
@@ -498,7 +568,24 @@ def test_a_road_that_is_gone_leaves_the_commands_to_shell_until_the_new_one_is_f
     run(work())
 
 
-def test_while_a_call_waits_on_shell_those_that_follow_stay_behind_it():
+def test_what_a_unix_road_cannot_take_any_more_takes_shell_at_once(tmp_path_factory):
+    async def work() -> None:
+        ip = address("ipc", tmp_path_factory)
+        async with (
+            ScriptedKernel(transport="ipc", ip=ip, road=True) as kernel,
+            KernelConnection(kernel.connection_info, may_restart=False) as link,
+        ):
+            await link.identify(timeout=10)
+            kernel.close_road()
+            await link.request("list_programs")
+            await link.request("list_programs")
+            assert channels(kernel) == ["shell", "shell"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_while_a_call_waits_on_shell_those_that_follow_stay_behind_it(transport, tmp_path_factory):
     async def work() -> None:
         release = asyncio.Event()
 
@@ -507,9 +594,13 @@ def test_while_a_call_waits_on_shell_those_that_follow_stay_behind_it():
                 await release.wait()
             return ok()
 
-        async with ScriptedKernel(answer, road=True) as kernel, KernelConnection(kernel.connection_info) as link:
+        async with (
+            ScriptedKernel(answer, transport=transport, ip=address(transport, tmp_path_factory)) as kernel,
+            KernelConnection(kernel.connection_info) as link,
+        ):
             first = asyncio.create_task(link.request("execute_program", {"program_id": "p"}))
             await wait_until(lambda: kernel.requests, what="the request")
+            kernel.open_road()
             await link.identify(timeout=10)
             await link.request("list_programs")
             release.set()
@@ -520,10 +611,12 @@ def test_while_a_call_waits_on_shell_those_that_follow_stay_behind_it():
     run(work())
 
 
-def test_on_the_road_a_dead_kernel_answers_everyone_and_a_cancel_takes_control():
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_on_the_road_a_dead_kernel_answers_everyone_and_a_cancel_takes_control(transport, tmp_path_factory):
     async def work() -> None:
+        ip = address(transport, tmp_path_factory)
         async with (
-            ScriptedKernel(silent_but_for_control, road=True) as kernel,
+            ScriptedKernel(silent_but_for_control, transport=transport, ip=ip, road=True) as kernel,
             KernelConnection(kernel.connection_info) as link,
         ):
             await link.identify(timeout=10)

@@ -10,7 +10,7 @@ import dspy
 from dspex_kernels import errors
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.namespaces import Namespace
-from dspex_kernels.kernel.programs.live import LiveProgram, check_record, new_record, record_of
+from dspex_kernels.kernel.programs.live import LiveProgram, check_record, new_program, record_of
 from dspex_kernels.protocol.commands import (
     CreateProgramArgs,
     CreateProgramResult,
@@ -40,8 +40,7 @@ async def create_program(_dispatcher: Dispatcher, call: Call, args: CreateProgra
     namespace = call.namespace
     async with namespace.changing:
         version = namespace.next_version(args.program_id, replace=args.replace, if_version=args.if_version)
-        record = new_record(args, version, namespace.toolbox, created_at=_now())
-        return await _put(call, record)
+        return await _put(call, new_program(args, version, namespace.toolbox, created_at=_now()))
 
 
 async def import_program(_dispatcher: Dispatcher, call: Call, args: ImportProgramArgs) -> CreateProgramResult:
@@ -54,7 +53,7 @@ async def import_program(_dispatcher: Dispatcher, call: Call, args: ImportProgra
         update = {"program_id": program_id, "version": version, "created_at": _now()}
         record = args.record.model_copy(update={**update, "dspy_version": dspy.__version__})
         check_record(record)
-        return await _put(call, record)
+        return await _put(call, LiveProgram.build(record, namespace.toolbox))
 
 
 async def add_module(call: Call, program_id: str, module: dspy.Module) -> CreateProgramResult:
@@ -101,10 +100,9 @@ async def delete_program(_dispatcher: Dispatcher, call: Call, args: DeleteProgra
     return DeleteProgramResult(program_id=args.program_id)
 
 
-async def _put(call: Call, record: ProgramRecord) -> CreateProgramResult:
+async def _put(call: Call, program: LiveProgram) -> CreateProgramResult:
     namespace = call.namespace
-    program = LiveProgram.build(record, namespace.toolbox)
-    await namespace.commit(call, ProgramPut(record=record), lambda: namespace.keep(program))
+    await namespace.commit(call, ProgramPut(record=program.record), lambda: namespace.keep(program))
     return _created(program)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from dspex_kernels.kernel.calls import Call
+from dspex_kernels.kernel.hops import has_prices
 from dspex_kernels.kernel.lms import history
 from dspex_kernels.protocol.commands import (
     ConfigureArgs,
@@ -20,6 +21,8 @@ from dspex_kernels.protocol.records import Budget, LMProfile, SessionReset, Sess
 
 if TYPE_CHECKING:
     from dspex_kernels.kernel.dispatch import Dispatcher
+    from dspex_kernels.kernel.lms.profiles import SessionLM
+    from dspex_kernels.kernel.namespaces import Namespace
 
 
 async def configure(_dispatcher: Dispatcher, call: Call, args: ConfigureArgs) -> ConfigureResult:
@@ -30,8 +33,7 @@ async def configure(_dispatcher: Dispatcher, call: Call, args: ConfigureArgs) ->
         lm = None
         if "lm" in args.model_fields_set:
             profile = _profile(args.lm)
-            # Some refusals read the model catalogue: not on the loop.
-            lm = await asyncio.to_thread(namespace.prepare_lm, profile) if profile is not None else None
+            lm = await _prepare_lm(namespace, profile) if profile is not None else None
             changes["lm"] = profile
         if "adapter" in args.model_fields_set:
             changes["adapter"] = args.adapter
@@ -40,6 +42,12 @@ async def configure(_dispatcher: Dispatcher, call: Call, args: ConfigureArgs) ->
         settings = namespace.contents.settings.model_copy(update=changes)
         await namespace.change_settings(call, SettingsChanged(settings=settings), lm, changed=changes)
         return ConfigureResult(settings=_without_secrets(settings))
+
+
+async def _prepare_lm(namespace: Namespace, profile: LMProfile) -> SessionLM:
+    if has_prices():
+        return namespace.prepare_lm(profile)
+    return await asyncio.to_thread(namespace.prepare_lm, profile)  # some refusals read DSPy's model catalogue
 
 
 def _without_secrets(settings: SessionSettings) -> SessionSettings:

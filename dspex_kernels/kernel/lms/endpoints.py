@@ -10,6 +10,7 @@ An event loop and a thread wait differently, and differ in nothing else: an admi
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -337,6 +338,16 @@ class Admission:
             self._endpoint.correct(self._second, requests=requests, tokens=tokens)
 
 
+@functools.cache  # a kernel that stands by reads ahead what it will be told
+def read_limits(text: str) -> ProviderLimits:
+    """The limits that a service told.
+
+    Raises:
+        ValueError, TraitError: They are none.
+    """
+    return ProviderLimits.from_json(text)
+
+
 class Endpoints:
     """The endpoints that a kernel sends to.
 
@@ -376,7 +387,7 @@ class Endpoints:
         variables = os.environ if environ is None else environ
         directory = variables.get(config.ENV_LIMITS_DIR)
         try:
-            limits = ProviderLimits.from_json(variables.get(config.ENV_PROVIDER_LIMITS) or "{}")
+            limits = read_limits(variables.get(config.ENV_PROVIDER_LIMITS) or "{}")
             return cls(limits, Path(directory) if directory else None)
         except (ValueError, TypeError, TraitError) as failure:
             raise errors.InvalidLMProfile(

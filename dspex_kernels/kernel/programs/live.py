@@ -35,7 +35,7 @@ from dspex_kernels.protocol.records import (
     ToolReference,
 )
 
-__all__ = ["LiveProgram", "check_record", "dump_state", "new_record", "record_of"]
+__all__ = ["LiveProgram", "check_record", "dump_state", "new_program", "record_of"]
 
 
 class _FieldState(BaseModel):
@@ -267,8 +267,8 @@ class LiveProgram:
         return [dict(completion.items()) for completion in given]
 
 
-def new_record(args: CreateProgramArgs, version: int, toolbox: Toolbox, created_at: str) -> ProgramRecord:
-    """The record of a program that a client asks for, complete; it was built once to prove it.
+def new_program(args: CreateProgramArgs, version: int, toolbox: Toolbox, created_at: str) -> LiveProgram:
+    """The program that a client asks for; its record is complete.
 
     Args:
         args: What was asked for.
@@ -289,9 +289,9 @@ def new_record(args: CreateProgramArgs, version: int, toolbox: Toolbox, created_
         adapter=args.adapter,
     )
     spec = normalise(spec, toolbox)
-    build_module(spec, toolbox)
+    module, signature = build_module(spec, toolbox)
     local = [reference.name for reference in _tools_of(spec) if not reference.portable]
-    return ProgramRecord(
+    record = ProgramRecord(
         program_id=args.program_id,
         version=version,
         spec=spec,
@@ -300,6 +300,7 @@ def new_record(args: CreateProgramArgs, version: int, toolbox: Toolbox, created_
         dspy_version=dspy.__version__,
         created_at=created_at,
     )
+    return LiveProgram(record, module, signature)
 
 
 def record_of(program: LiveProgram, *, version: int | None = None, created_at: str | None = None) -> ProgramRecord:

@@ -17,7 +17,7 @@ import pytest
 from dspy.utils import DummyLM
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.programs.live import LiveProgram, check_record, dump_state, new_record, record_of
+from dspex_kernels.kernel.programs.live import LiveProgram, check_record, dump_state, new_program, record_of
 from dspex_kernels.kernel.programs.modules import check_config, named_predictors
 from dspex_kernels.kernel.programs.tools import Toolbox
 from dspex_kernels.protocol.commands import CreateProgramArgs
@@ -83,7 +83,7 @@ def toolbox() -> Iterator[Toolbox]:
 
 
 def make(toolbox: Toolbox, program_id: str = "qa", **args: Any) -> ProgramRecord:
-    return new_record(CreateProgramArgs(program_id=program_id, **args), 1, toolbox, CREATED)
+    return new_program(CreateProgramArgs(program_id=program_id, **args), 1, toolbox, CREATED).record
 
 
 def live(toolbox: Toolbox, **args: Any) -> LiveProgram:
@@ -528,13 +528,13 @@ def test_a_refused_input_is_told_in_short(toolbox: Toolbox) -> None:
 def _of_type(toolbox: Toolbox, kind: Any) -> LiveProgram:
     signature = {"inputs": [{"name": "q", "type": kind}], "outputs": [{"name": "a"}]}
     args = CreateProgramArgs(program_id="p", signature=signature)
-    return LiveProgram.build(new_record(args, 1, toolbox, CREATED), toolbox)
+    return new_program(args, 1, toolbox, CREATED)
 
 
 def test_a_record_that_says_two_things_of_being_portable_is_refused(toolbox: Toolbox) -> None:
     toolbox.add(look_up)
     args = CreateProgramArgs(program_id="p", signature="q -> a", module="ReAct", tools=["look_up"])
-    record = new_record(args, 1, toolbox, CREATED)
+    record = new_program(args, 1, toolbox, CREATED).record
     assert not record.portable
     check_record(record)
     with pytest.raises(errors.InvalidRecord, match="'look_up' is a notebook's"):

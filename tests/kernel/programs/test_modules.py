@@ -12,7 +12,7 @@ import pytest
 from dspy.utils import DummyLM
 
 from dspex_kernels import errors
-from dspex_kernels.kernel.programs.live import LiveProgram, new_record
+from dspex_kernels.kernel.programs.live import LiveProgram, new_program
 from dspex_kernels.kernel.programs.modules import named_predictors
 from dspex_kernels.kernel.programs.rewards import build_reward, reward_source
 from dspex_kernels.kernel.programs.tools import Toolbox
@@ -31,7 +31,7 @@ def toolbox() -> Iterator[Toolbox]:
 
 
 def build(toolbox: Toolbox, **args: Any) -> LiveProgram:
-    return LiveProgram.build(new_record(CreateProgramArgs(program_id="p", **args), 1, toolbox, ""), toolbox)
+    return new_program(CreateProgramArgs(program_id="p", **args), 1, toolbox, "")
 
 
 def attempts(of: str = "BestOfN", **changes: Any) -> dict[str, Any]:

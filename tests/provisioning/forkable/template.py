@@ -42,8 +42,9 @@ class Template:
         if "LC_PARKED" in os.environ:
             Path(os.environ["LC_PARKED"]).write_text(str(Path.cwd()))
 
-    def serve(self, connection_file: str, ready: Callable[[], None]) -> None:
-        exec(Path(connection_file).read_text(), {"ready": ready, "parked": self.parked, "warmed": self.warmed})
+    def serve(self, connection_file: str, bound: Callable[[], None], serving: Callable[[], None]) -> None:
+        told = {"bound": bound, "serving": serving, "parked": self.parked, "warmed": self.warmed}
+        exec(Path(connection_file).read_text(), told)
 
 
 def build() -> Template:
