@@ -32,6 +32,8 @@ ENV_KERNEL_ID = "DSPEX_KERNEL_ID"
 ENV_LEAN = "DSPEX_LEAN"
 """``1``: nobody attaches a notebook to the kernel, so it does without what only notebooks expect (history
 database, debugger, heartbeat, parent poller, capture of descriptors, IPython's config files and startup files)."""
+ENV_SPARE = "DSPEX_SPARE"
+"""``1``: a dedicated kernel that is no session's yet; its service tells it whose it is (``adopt_session``)."""
 ENV_ALLOW_CODE = "DSPEX_ALLOW_CODE"
 """``0``: the session takes data only, no cells. A pooled kernel never takes code."""
 ENV_LM_POLICY = "DSPEX_LM_POLICY"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -37,6 +38,9 @@ _SIZE = struct.Struct("!I")
 """Before each message, and before each of its frames."""
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 """Python ignores SIGPIPE, but what runs in a kernel may want it."""
+
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
+"""Why a socket takes nothing for a moment."""
 
 _log = logs.get_logger(__name__)
 
@@ -157,10 +161,8 @@ class LoopStream:
         """Write what there is room for; how much that is. None where the peer is gone, which the reader is told."""
         try:
             return self._connection.send(message, _NO_SIGNAL)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            return None
+        except OSError as failure:
+            return 0 if failure.errno in _FULL else None
 
     def _wait_for_room(self) -> None:
         with contextlib.suppress(RuntimeError):  # a loop that is closed watches nothing: ``close`` sends the rest

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dspex_kernels.cli.bench import clock, figures, plots, processes
+from dspex_kernels.cli.bench import clock, figures, machine, plots, processes
 from dspex_kernels.cli.bench.crowd import in_turns
 from dspex_kernels.cli.bench.figures import Spread
 from dspex_kernels.cli.bench.measurement import Bar, Row, Samples
@@ -129,6 +129,14 @@ class TestProcesses:
             assert process.lives()
             child.communicate(b"\n", timeout=60)
         assert not process.lives()
+
+    def test_processors_are_kept_awake_by_processes_that_give_way_to_all_others_and_end(self):
+        before = processes.descendants(os.getpid())
+        with machine.awake():
+            spinning = processes.descendants(os.getpid()) - before
+            assert len(spinning) == len(os.sched_getaffinity(0))
+            wait_for(lambda: all(os.sched_getscheduler(one.pid) == os.SCHED_IDLE for one in spinning))
+        assert not any(process.lives() for process in spinning)
 
 
 def report_of(*rows: Row, failure: str = "") -> Report:

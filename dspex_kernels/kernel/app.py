@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from dspex_kernels.kernel.road import Road
 from dspex_kernels.kernel.shelf import Shelf
 from dspex_kernels.kernel.threads import MAX_THREADS_ALONE, Threads
 from dspex_kernels.kernel.wires import Wires
-from dspex_kernels.protocol.commands import OpenSessionArgs
+from dspex_kernels.protocol.commands import AdoptSessionArgs, OpenSessionArgs
 from dspex_kernels.protocol.names import is_session_id
 from dspex_kernels.protocol.records import SessionContents
 
@@ -402,9 +403,37 @@ class DSPexKernelApp(IPKernelApp):
         else:
             self.kernel.profile_dir = self.profile_dir
             self.shell.settle(self.profile_dir, history=True)
-        if self.dispatcher.identity.session_id is None:
-            return
-        namespace = self.dispatcher.namespace(None)
+        if self.dispatcher.identity.session_id is not None:
+            self._give_cells(self.dispatcher.namespace(None))
+        elif _flag(config.ENV_SPARE, default="0"):
+            self.dispatcher.adopt = self._adopt
+
+    def _adopt(self, args: AdoptSessionArgs) -> None:
+        """Called in a spare kernel, in place of what ``initialize`` does in others. Nobody else waits meanwhile."""
+        if self.dispatcher.last_activity is not None:
+            raise errors.SessionMismatch("this spare kernel has been used by somebody: end it")
+        told = {
+            config.ENV_SESSION_ID: args.session_id,
+            config.ENV_SESSION_DIR: args.directory,
+            config.ENV_GENERATION: str(args.generation),
+        }
+        os.environ.update(told)
+        identity = replace(
+            self.dispatcher.identity, session_id=args.session_id, generation=args.generation, is_spare=False
+        )
+        try:
+            namespace = self.dispatcher.adopted(identity)
+        except BaseException:
+            for name in told:
+                del os.environ[name]
+            raise
+        self._give_cells(namespace)
+        del os.environ[config.ENV_SPARE]
+        self.connection_file = sys.argv[-1] = args.connection_file
+
+    @staticmethod
+    def _give_cells(namespace: Namespace) -> None:
+        """Have cells run as their session's."""
         main_thread_config[SETTING] = Call(namespace)
         namespace.restore_settings()
 
@@ -419,6 +448,9 @@ class DSPexKernelApp(IPKernelApp):
         generation = os.environ.get(config.ENV_GENERATION) or "1"
         if not (generation.isdecimal() and int(generation) > 0):
             raise errors.InvalidSession(f"{config.ENV_GENERATION}={generation!r}: give a whole number from 1")
+        if _flag(config.ENV_SPARE, default="0"):
+            allow_code = _flag(config.ENV_ALLOW_CODE, default="1")
+            return Identity(kernel_id, None, allow_code=allow_code, is_spare=True)
         if os.environ.get(config.ENV_BACKEND) == "pooled":
             return Identity(kernel_id, None, int(generation), allow_code=False)
         session_id = os.environ.get(config.ENV_SESSION_ID)

@@ -23,7 +23,14 @@ from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.kernel.secrecy import scrub
 from dspex_kernels.kernel.threads import Threads
 from dspex_kernels.protocol import limits
-from dspex_kernels.protocol.commands import COMMANDS, DEFAULT_TIMEOUT_S, Command, OpenSessionArgs, get_command
+from dspex_kernels.protocol.commands import (
+    COMMANDS,
+    DEFAULT_TIMEOUT_S,
+    AdoptSessionArgs,
+    Command,
+    OpenSessionArgs,
+    get_command,
+)
 from dspex_kernels.protocol.messages import Request, check_size, parse_request
 from dspex_kernels.protocol.records import Spent
 
@@ -48,12 +55,14 @@ class Identity:
         session_id: Its one session; None in a pooled kernel.
         generation: How often the session has been given a kernel.
         allow_code: Whether it runs cells, or takes data only.
+        is_spare: Whether it is to become a session's own.
     """
 
     kernel_id: str
     session_id: str | None
     generation: int = 1
     allow_code: bool = True
+    is_spare: bool = False
 
 
 class Ask:
@@ -171,6 +180,8 @@ class Dispatcher:
         """Of any session: its last command or cell; None before the first."""
         self.clients: Callable[[], int | None] = lambda: None
         """Tells how many listen to iopub; None where unknown. Set by the application."""
+        self.adopt: Callable[[AdoptSessionArgs], None] = self._refuse_adoption
+        """Makes a spare kernel a session's own. Set by the application of one, until it is."""
         self._open_namespace = open_namespace
         # Guards the five below; submit comes from the shell, control and main threads.
         self._lock = threading.Lock()
@@ -280,6 +291,27 @@ class Dispatcher:
             self._namespaces[args.session_id] = namespace
             if replaced is not None:
                 self.loop.call_soon_threadsafe(self._begin_to_close, replaced, None)
+
+    def adopted(self, identity: Identity) -> Namespace:
+        """Be a session's own kernel from now on; its namespace.
+
+        Raises:
+            StoreError: Its journal cannot be opened; the kernel is nobody's.
+        """
+        spare, self.identity = self.identity, identity
+        try:
+            namespace = self.namespace(None)
+        except BaseException:
+            self.identity = spare
+            raise
+        self.adopt = self._refuse_adoption
+        return namespace
+
+    def _refuse_adoption(self, args: AdoptSessionArgs) -> None:
+        raise errors.SessionMismatch(
+            f"this kernel is no spare one: it cannot become session {args.session_id!r}'s",
+            details={"session_id": args.session_id, "kernel_session_id": self.identity.session_id},
+        )
 
     async def drop(self, call: Call) -> None:
         """Let a session go: what else of it runs is stopped, what it holds open is closed.

@@ -222,6 +222,7 @@ class Journal:
             logger.warning("journal %s: cut off %d bytes of a torn line", self.path, len(data) - self._size)
             os.ftruncate(self._file, self._size)
         os.fsync(self._file)  # what was read may be in memory only; from here on it counts as kept
+        self._is_new = True  # who made it may have died before its name was on disk
         if self._size >= self._compact_at:
             self._compact_if_possible()
 
@@ -229,7 +230,8 @@ class Journal:
         """Make the file. There is nothing to lose yet: it is on disk with the first change that is."""
         self._start = time.time_ns()
         header = lines.encode_header(self._start)
-        self._file = _write_new(self.path, header)
+        with _told(self._directory, "make"):
+            self._file = _write_new(self.path, header)
         self._size = self._header_length = len(header)
         self._is_new = True
 

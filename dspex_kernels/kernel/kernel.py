@@ -146,7 +146,7 @@ class DSPexKernel(IPythonKernel):
         told = {
             "protocol_version": PROTOCOL_VERSION,
             "session_id": identity.session_id,
-            "backend": "dedicated" if identity.session_id else "pooled",
+            "backend": "dedicated" if identity.session_id or identity.is_spare else "pooled",
             "kernel_id": identity.kernel_id,
             "generation": identity.generation,
             "allow_code": identity.allow_code,

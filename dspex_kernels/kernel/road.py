@@ -137,9 +137,9 @@ class Road:
         _, frames = self._envelopes.seal(msg_type, answer, opened.header)
         assert self._dispatcher is not None
         if threading.get_ident() == self._dispatcher.thread.ident:
-            send([*opened.identities, *frames])
+            _send(send, [*opened.identities, *frames])
         else:
-            self._dispatcher.loop.call_soon_threadsafe(send, [*opened.identities, *frames])
+            self._dispatcher.loop.call_soon_threadsafe(_send, send, [*opened.identities, *frames])
 
     def _replayed(self, signature: bytes) -> bool:
         """One history for all channels: what was recorded on one of them is refused on the others too."""
@@ -147,6 +147,11 @@ class Road:
             return True
         self._session._add_digest(signature)
         return False
+
+
+def _send(send: Send, message: list[bytes]) -> None:
+    if send(message) is False:
+        log.info("a reply has nobody to go to any more: its caller's connection is closed")
 
 
 class _Router:

@@ -294,6 +294,19 @@ class OpenSessionResult(Result):
     status: Literal["opened"] = "opened"
 
 
+class AdoptSessionArgs(Args):
+    """A spare kernel becomes a session's own."""
+
+    session_id: SessionId
+    directory: str = Field(description="The session's own, where its journal is.")
+    generation: int = Field(ge=1)
+    connection_file: str = Field(description="What the kernel's is called from now on.")
+
+
+class AdoptSessionResult(Result):
+    status: Literal["adopted"] = "adopted"
+
+
 class CloseSessionResult(Result):
     status: Literal["closed"] = "closed"
     spent: Spent | None = Field(None, description="The session's last totals; null where it was not there.")
@@ -374,6 +387,7 @@ _ROWS = (
     Command("cancel", CancelArgs, CancelResult, control=True, timeout_s=10.0),
     Command("ping", NoArgs, PingResult, control=True, kernel_wide=True, timeout_s=10.0),
     Command("open_session", OpenSessionArgs, OpenSessionResult, internal=True, kernel_wide=True),
+    Command("adopt_session", AdoptSessionArgs, AdoptSessionResult, internal=True, kernel_wide=True),
     Command("close_session", NoArgs, CloseSessionResult, internal=True),
     Command("follow_program", ImportProgramArgs, CreateProgramResult, mutates=True, internal=True),
     Command("interrupt", NoArgs, InterruptResult, control=True, internal=True, timeout_s=10.0),

@@ -46,6 +46,14 @@ class ForkServerProvisioner(GuardedProvisioner):
         config=True
     )
 
+    _origin: tuple[ForkServer, int] | None = None
+    """The fork server that the kernel is of, and its age then; None where the kernel was started plainly."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the kernel was forked, and one that is forked now has loaded the same. Asked by its service."""
+        return self._origin is not None and self._origin[0].age == self._origin[1]
+
     @default("enabled")
     def _default_enabled(self) -> bool:
         return os.environ.get(config.ENV_FORK, "1") != "0"
@@ -71,9 +79,12 @@ class ForkServerProvisioner(GuardedProvisioner):
         server = self._guardian.fork_servers.of(origin)
         try:
             for _ in range(MAX_ASSIGNMENTS):
+                age = server.age
                 kernel = await self._take(server)
                 with contextlib.suppress(ConnectionError):  # it died before it knew whose it was
-                    return await self._answer(self._assign(kernel, origin, cmd, options))
+                    process = await self._answer(self._assign(kernel, origin, cmd, options))
+                    self._origin = server, age
+                    return process
         finally:
             server.refill()
         raise NoFork(f"{MAX_ASSIGNMENTS} forked kernels died before they could be used")

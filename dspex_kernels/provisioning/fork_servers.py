@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from dspex_kernels import config, logs
+from dspex_kernels import config, logs, room
 
 if TYPE_CHECKING:
     from dspex_kernels.provisioning.guardian_client import GuardedProcess, Guardian
@@ -41,9 +41,6 @@ MAX_STILLBORN = 3
 REFILL_AFTER = 0.15
 """Seconds after which a kernel is forked in the place of one that was taken: sooner it would take a processor from
 that one's first moments (a sixth of a session's creation, on two)."""
-
-MIN_AVAILABLE_BYTES = 512 << 20
-"""Memory that must be available for kernels to be forked ahead: those that are wanted come first."""
 
 _READ_ON_IMPORT = (
     *("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "XDG_", "SSL_", "REQUESTS_", "CURL_"),
@@ -181,6 +178,13 @@ class ForkServer:
         self._fork_into(taken)
         return taken
 
+    @property
+    def age(self) -> int:
+        """Changes when what its kernels have loaded is out of date."""
+        with self._lock:
+            self._check_sources()
+            return self._retired
+
     def refill(self) -> None:
         """Have kernels forked ahead again, soon. Called when one that was taken is bound, or is lost."""
         with self._lock:
@@ -303,7 +307,7 @@ class ForkServer:
         """Have one more kernel stand by, unless somebody waits for a fork."""
         alive = [kernel for kernel in self._standby if kernel.poll() is None]
         is_enough = len(alive) >= self._wanted or self._stillborn >= MAX_STILLBORN
-        if self._is_refilling or self._forking or is_enough or not _is_room():
+        if self._is_refilling or self._forking or is_enough or not room.is_there():
             return
         self._is_refilling = True
         forked: Future[GuardedProcess] = Future()
@@ -332,14 +336,6 @@ class ForkServer:
             self._standby.remove(kernel)  # else it was handed out, and its death is its owner's to see
             self._stillborn += 1
             self._refill()
-
-
-def _is_room() -> bool:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 >= MIN_AVAILABLE_BYTES
-    return True
 
 
 def _state(path: str) -> tuple[int, int] | None:

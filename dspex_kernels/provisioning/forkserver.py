@@ -231,6 +231,7 @@ def _stand_by(template: Template, channel: socket.socket, directory: str, aside:
     if _is_wanted(channel, within=PATIENCE):
         return
     own = guardian.aside_path(directory, os.getpid())
+    shutil.rmtree(own, ignore_errors=True)  # of one with that pid, whose guardian was killed
     Path(own).mkdir(0o700)
     aside.callback(_remove_aside, own)
     os.chdir(own)

@@ -63,6 +63,8 @@ RECORD_SUFFIX = ".json"
 PART_SUFFIX = ".part"
 REHEARSAL_PREFIX = "rehearsal-"
 """Of a directory that a fork server uses for a moment."""
+SPARE_PREFIX = "spare-"
+"""Of the service's own files, of kernels that are nobody's yet."""
 END_TIMEOUT = 10.0
 """Seconds after which the guardian gives up on a process that cannot be killed (waiting for a dead disk)."""
 GONE_TIMEOUT = 1.0
@@ -643,11 +645,12 @@ def bury(directory: str) -> None:
         for path in record["paths"]:
             remove(path)
         remove(record_path(directory, key))
+    remove_all_aside(directory)
     for name in os.listdir(directory):
+        if name.startswith(SPARE_PREFIX):
+            remove(f"{directory}/{name}")
         if name.endswith(PART_SUFFIX):  # it could not be written whole: its program was never let go
             remove(f"{directory}/{name}")
-        if name.startswith(REHEARSAL_PREFIX):  # a fork server was killed just then
-            remove_tree(f"{directory}/{name}")
     remove(f"{directory}/{LOCK_NAME}")
     try:
         os.rmdir(directory)
@@ -665,6 +668,13 @@ def remove_aside(directory: str, pid: int) -> None:
     path = aside_path(directory, pid)
     if os.path.exists(path):
         remove_tree(path)
+
+
+def remove_all_aside(directory: str) -> None:
+    """Remove what kernels left that were forked and are gone, and their fork server."""
+    for name in os.listdir(directory):
+        if name.startswith(REHEARSAL_PREFIX):
+            remove_tree(f"{directory}/{name}")
 
 
 def remove_tree(path: str) -> None:

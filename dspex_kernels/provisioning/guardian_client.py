@@ -187,8 +187,10 @@ class _Link:
                 sent = self.connection.sendmsg([data], ancillary)
             except BlockingIOError:
                 return False
-            except OSError:  # the guardian is gone: that is read off the socket next
+            except ConnectionError:  # the guardian is gone: that is read off the socket next
                 return True
+            except OSError:  # too many descriptors under way, no memory: for a moment
+                return False
             request.close()
             del data[:sent]
             if not data:
@@ -260,8 +262,9 @@ class Guardian:
         self._stopped: Future[None] = _running()
         self._alarms: dict[object, tuple[float, Callable[[], object]]] = {}
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # These are the thread's own.
         self._asked: dict[int, _Request] = {}
+        """What the guardian was asked: whoever writes a request puts it in, the thread takes it out."""
+        # The thread's own.
         self._processes: dict[str, GuardedProcess] = {}
         # A daemon: a process that ends without stop() must not wait for it, the guardian sees its end.
         threading.Thread(target=self._run, name=f"dspex-guardian-{service_id}", daemon=True).start()
@@ -545,6 +548,7 @@ class Guardian:
             return True
         try:
             left = sweep.end_recorded(self.directory)
+            guardian.remove_all_aside(str(self.directory))
         except OSError:
             _log.exception("service %s: what its guardian left could not be ended", self.service_id)
             return False

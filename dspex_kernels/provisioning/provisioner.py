@@ -10,6 +10,7 @@ import asyncio
 import functools
 import os
 import signal
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,11 @@ class GuardedProvisioner(LocalProvisioner):
     async def load_provisioner_info(self, provisioner_info: dict[str, Any]) -> None:
         await super().load_provisioner_info(provisioner_info)
         self.service_id = provisioner_info["service_id"]
+
+    def remember(self, paths: Iterable[str]) -> None:
+        """Have more files removed with the service. Called by a service that gives a kernel's files other names."""
+        if self._guarded is not None:
+            self._guarded.remember(paths)
 
     async def _leave_guardian(self) -> None:
         guardian, self._guardian = self._guardian, None

@@ -17,6 +17,7 @@ from dspex_kernels.sessions.backend import Place, PlaceGone, SessionBackend
 from dspex_kernels.sessions.calls import Call
 from dspex_kernels.sessions.kernels import SUSPICION_AFTER, Kernel, Kernels
 from dspex_kernels.sessions.model import SessionRecord
+from dspex_kernels.sessions.spares import Owner, Spares
 from dspex_kernels.sessions.tasks import Tasks
 
 LOG_NAME = "kernel.log"
@@ -42,16 +43,29 @@ class DedicatedBackend(SessionBackend):
         kernels: Where they are started.
         allow_code: Whether its owner may run code in it; else it takes commands only.
         lean: Whether it does without what only a notebook needs.
+        spares: Kernels that are started ahead once a session had one.
         **kwargs: For traitlets: ``parent``, ``config``, ``log``.
     """
 
     name = "dedicated"
 
-    def __init__(self, kernels: Kernels, *, allow_code: bool = True, lean: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        *,
+        allow_code: bool = True,
+        lean: bool = True,
+        spares: int = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self._kernels = kernels
-        self._allow_code = allow_code
-        self._lean = lean
+        self._env = {
+            config.ENV_BACKEND: self.name,
+            config.ENV_ALLOW_CODE: str(int(allow_code)),
+            config.ENV_LEAN: str(int(lean)),
+        }
+        self._spares = Spares(kernels, self.name, spares, self._env, self.log)
         self._tasks = Tasks(self.log)
         self._suspected: set[Kernel] = set()
         self._homes: dict[str, _Home] = {}
@@ -60,6 +74,7 @@ class DedicatedBackend(SessionBackend):
         """Nothing is started ahead."""
 
     async def stop(self) -> None:
+        await self._spares.stop()
         closed = errors.ServiceClosed("the session service is closing")
         homes = [home for home in list(self._homes.values()) if home.kernel is not None]
         await asyncio.gather(*(self._end(home, closed) for home in homes))
@@ -77,27 +92,48 @@ class DedicatedBackend(SessionBackend):
         try:
             if record.contents != SessionContents():
                 await asyncio.to_thread(_restore_journal, directory, record)
-            home.kernel = await self._kernels.start_kernel(
-                whose=f"session {record.session_id!r}",
-                backend=self.name,
-                env={
-                    config.ENV_BACKEND: self.name,
-                    config.ENV_SESSION_ID: record.session_id,
-                    config.ENV_SESSION_DIR: record.directory,
-                    config.ENV_GENERATION: str(record.generation),
-                    config.ENV_ALLOW_CODE: str(int(self._allow_code)),
-                    config.ENV_LEAN: str(int(self._lean)),
-                },
-                log_path=directory / LOG_NAME,
-                link=directory / LINK_NAME,
-                timeout=timeout,
-                died=lambda _, how: self._died(home, how),
-                on_reply=lambda content: self._take_reply(home, content),
-            )
+            owner = self._owner(home, record)
+            deadline = asyncio.get_running_loop().time() + timeout
+            kernel = await self._spares.take(owner, timeout=timeout)
+            left = max(round(deadline - asyncio.get_running_loop().time(), 3), 0.001)
+            home.kernel = kernel or await self._start(owner, record, left)
         except BaseException:
             self._forget(home)
             raise
+        self._spares.replenish(home.kernel)
         return _place(home)
+
+    async def _start(self, owner: Owner, record: SessionRecord, timeout: float) -> Kernel:
+        return await self._kernels.start_kernel(
+            whose=owner.whose,
+            backend=self.name,
+            env={
+                **self._env,
+                config.ENV_SESSION_ID: record.session_id,
+                config.ENV_SESSION_DIR: str(record.directory),
+                config.ENV_GENERATION: str(record.generation),
+            },
+            log_path=owner.log_path,
+            link=owner.link,
+            timeout=timeout,
+            died=owner.died,
+            on_reply=owner.on_reply,
+        )
+
+    def _owner(self, home: _Home, record: SessionRecord) -> Owner:
+        directory = Path(str(record.directory))
+        return Owner(
+            whose=f"session {record.session_id!r}",
+            log_path=directory / LOG_NAME,
+            link=directory / LINK_NAME,
+            died=lambda _, how: self._died(home, how),
+            on_reply=lambda content: self._take_reply(home, content),
+            told={
+                "session_id": record.session_id,
+                "directory": str(record.directory),
+                "generation": record.generation,
+            },
+        )
 
     async def call(self, session_id: str, call: Call) -> dict[str, Any]:
         home = self._homes.get(session_id)

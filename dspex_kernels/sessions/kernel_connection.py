@@ -121,7 +121,7 @@ class KernelConnection:
         """Messages that answered nobody, or were not to be read; dropped."""
         self.late = 0
         """Replies whose caller had left; dropped."""
-        self._on_reply = on_reply
+        self.on_reply = on_reply
         self._on_late = on_late
         self._owns_context = context is None
         self._context = context
@@ -428,7 +428,8 @@ class KernelConnection:
 
     def _use_road(self, address: str, channel: Channel) -> None:
         self._road, self._channels["road"] = address, channel
-        if self._may_restart:
+        # Of ZMQ it takes descriptors, and a kernel that does not come back is its owner's to tell of.
+        if self._may_restart or isinstance(channel, LoopStream):
             channel.when_disconnected(lambda: self._leave_road(channel))
 
     def _leave_road(self, channel: Channel) -> None:
@@ -550,10 +551,10 @@ class KernelConnection:
 
     def _tell_reply(self, message: Opened, content: Any) -> errors.DSPexError | None:
         """Pass a reply on to ``on_reply``. The error for its caller where that fails: nothing is acknowledged."""
-        if self._on_reply is None or message.msg_type != messages.REPLY:
+        if self.on_reply is None or message.msg_type != messages.REPLY:
             return None
         try:
-            self._on_reply(content)
+            self.on_reply(content)
         except Exception as failure:  # noqa: BLE001  # the owner's code may raise anything, and the reader serves others
             _log.exception("kernel %s: a reply could not be taken in", self.name)
             why = type(failure).__name__  # its text may hold what the reply does

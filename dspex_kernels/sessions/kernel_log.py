@@ -32,6 +32,21 @@ def open_log(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_EXCL, 0o600), "wb", buffering=0)
 
 
+def move_log(log: Path, path: Path) -> None:
+    """Give a kernel's log its place; what was there is kept beside it. The kernel writes on."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.exists():
+        path.replace(_before(path))
+    log.rename(path)
+
+
+def unmove_log(path: Path) -> None:
+    """Remove a log that was moved, and give what was there before its place again."""
+    path.unlink(missing_ok=True)
+    if _before(path).exists():
+        _before(path).replace(path)
+
+
 def cut_logs(paths: Iterable[Path]) -> None:
     """Cut those that are larger than ``MAX_BYTES``; their last ``KEPT_BYTES`` are kept beside them, with ``.1``."""
     for path in paths:

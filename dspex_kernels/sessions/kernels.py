@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import errno
 import os
 import resource
 import signal
@@ -102,6 +103,15 @@ class Kernel:
     """Its end is known: asked for, or noticed."""
     death: str | None = None
     """How its process ended, when it was not asked to."""
+    spare: bool = False
+    """It is nobody's yet."""
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    """What it was given."""
+    cwd: str = ""
+    _renaming: asyncio.Task[None] | None = None
+    """Gives its files the names of somebody's."""
+    _log_moved: bool = False
+    """Its log has its owner's name; what had it before is beside it."""
     _connection: KernelConnection | None = None
     _unwatch: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -180,13 +190,17 @@ class GuardedKernelManager(AsyncKernelManager):
         guarded.metadata = {**spec.metadata, "kernel_provisioner": provisioner}
         return guarded
 
-    async def _async_start_kernel(self, *, log: asyncio.Task[IO[bytes]], **kwargs: Any) -> None:
+    async def _async_start_kernel(
+        self, *, connection_file: str, log: asyncio.Task[IO[bytes]], **kwargs: Any
+    ) -> None:
         """Called by Jupyter. Its own sleeps for 10 ms in the end, for its tests' sake.
 
         Args:
+            connection_file: Where it is to be.
             log: Where its stdout and stderr go; it may be opened meanwhile.
             **kwargs: Jupyter's own.
         """
+        self.connection_file = connection_file
         self._attempted_start = True
         self._ready = asyncio.get_running_loop().create_future()
         try:
@@ -348,6 +362,7 @@ class Kernels(LoggingConfigurable):
         link: Path | None = None,
         on_reply: ReplyListener | None = None,
         max_pending: int = MAX_PENDING,
+        spare: bool = False,
     ) -> Kernel:
         """Start a kernel and wait until it answers.
 
@@ -362,6 +377,7 @@ class Kernels(LoggingConfigurable):
             link: Where to keep a link to its connection file; None is nowhere.
             on_reply: As ``KernelConnection`` takes it.
             max_pending: As ``KernelConnection`` takes it.
+            spare: Whether it is nobody's until ``hand_over``: nobody else finds it.
 
         Raises:
             KernelStartFailed: It did not come up; nothing is left of it.
@@ -370,7 +386,7 @@ class Kernels(LoggingConfigurable):
         attempts = MAX_PORT_ATTEMPTS
         while True:
             attempts -= 1
-            kernel = Kernel(whose, log_path, link, backend, died)
+            kernel = Kernel(whose, log_path, link, backend, died, spare=spare)
             began = asyncio.get_running_loop().time()
             try:
                 async with self._starting:
@@ -408,6 +424,50 @@ class Kernels(LoggingConfigurable):
             if failed is None:
                 raise
             raise failed from failure
+
+    def was_forked(self, kernel: Kernel) -> bool:
+        """Whether a kernel was forked from a warm process, which still is what it was then."""
+        return not kernel.ending and getattr(
+            self._multi.get_kernel(kernel.kernel_id).provisioner, "is_current", False
+        )
+
+    def is_current(self, kernel: Kernel, env: Mapping[str, str]) -> bool:
+        """Whether a spare kernel is what one that is forked now would be.
+
+        Args:
+            kernel: Which.
+            env: As ``start_kernel`` took it.
+        """
+        is_same = kernel.environment == self._env(kernel, env) and kernel.cwd == os.getcwd()  # noqa: PTH109  # a text
+        return is_same and self.was_forked(kernel)
+
+    async def hand_over(self, kernel: Kernel, whose: str, log_path: Path, link: Path) -> None:
+        """Give a spare kernel's files the names of somebody's.
+
+        Args:
+            kernel: Which.
+            whose: As ``start_kernel`` takes it, as the next two.
+            log_path: Where its log belongs.
+            link: Where to keep a link to its connection file.
+
+        Raises:
+            OSError: They cannot have them.
+        """
+        manager = self._multi.get_kernel(kernel.kernel_id)
+        hidden, log = kernel.connection_file, kernel.log_path
+        kernel.spare, kernel.whose, kernel.log_path, kernel.link = False, whose, log_path, link
+        kernel.connection_file = manager.connection_file = self.connection_file(kernel.kernel_id)
+        kernel._renaming = self._tasks.spawn(asyncio.to_thread(_rename_files, kernel, Path(hidden), log))
+        await asyncio.shield(kernel._renaming)
+
+    async def take_back(self, kernel: Kernel) -> None:
+        """End a kernel that could not become somebody's; its owner's files are as they were."""
+        kernel.ending = True
+        if kernel._renaming is not None:
+            await asyncio.wait({kernel._renaming}, timeout=SHUTDOWN_TIMEOUT)  # a thread cannot be cancelled
+        if kernel._log_moved:
+            await asyncio.to_thread(kernel_log.unmove_log, kernel.log_path)
+        await self.end(kernel, errors.ServiceClosed("this kernel was nobody's"), now=True)
 
     async def end(self, kernel: Kernel, error: errors.DSPexError, *, now: bool = False) -> None:
         """End a kernel on request; who waits for it is answered with ``error``.
@@ -466,22 +526,29 @@ class Kernels(LoggingConfigurable):
         self, kernel: Kernel, env: Mapping[str, str], on_reply: ReplyListener | None, max_pending: int
     ) -> None:
         """Start the process, watch it, and open the connection to it."""
-        kernel.connection_file = str(self._connection_file(kernel))
+        kernel.connection_file = self.connection_file(kernel.kernel_id, spare=kernel.spare)
+        kernel.environment, kernel.cwd = self._env(kernel, env), os.getcwd()  # noqa: PTH109  # a text
         opening = self._tasks.spawn(asyncio.to_thread(_make_files, kernel))
+        starting = self._tasks.spawn(
+            self._multi.start_kernel(
+                kernel_name=self.kernel_name,
+                kernel_id=kernel.kernel_id,
+                env=kernel.environment,
+                connection_file=kernel.connection_file,
+                log=opening,
+            )
+        )
+        starting.add_done_callback(lambda _: opening.add_done_callback(_close_result))
         try:
             # Never cancelled halfway: Jupyter would lose sight of a process that runs already.
-            await self._tasks.finish(
-                self._multi.start_kernel(
-                    kernel_name=self.kernel_name,
-                    kernel_id=kernel.kernel_id,
-                    env=self._env(kernel, env),
-                    log=opening,
-                )
-            )
-        finally:
-            opening.add_done_callback(_close_result)
+            await asyncio.shield(starting)
+        except BaseException:
+            await asyncio.wait({opening}, timeout=SHUTDOWN_TIMEOUT)  # what it makes is to be cleared away too
+            raise
         manager = self._multi.get_kernel(kernel.kernel_id)
         kernel.pid = manager.provisioner.pid if isinstance(manager.provisioner, LocalProvisioner) else None
+        if kernel.spare:
+            manager.provisioner.remember([self.connection_file(kernel.kernel_id)])  # what it will have
         kernel._connection = KernelConnection(
             manager.get_connection_info(),
             context=self._context,
@@ -494,19 +561,31 @@ class Kernels(LoggingConfigurable):
         await kernel._connection.open()
         self._watch(kernel, manager.provisioner)
 
-    def _connection_file(self, kernel: Kernel) -> Path:
-        """Where Jupyter has it."""
-        return Path(self._multi.connection_dir) / f"kernel-{kernel.kernel_id}.json"
+    def connection_file(self, kernel_id: str, *, spare: bool = False) -> str:
+        """Where Jupyter has it; a spare kernel's is where Jupyter's clients do not look for it."""
+        if spare:
+            return f"{self.spares_dir}/spare-{kernel_id}.connection"  # the guardian has records there, in .json
+        return f"{self._multi.connection_dir}/kernel-{kernel_id}.json"
+
+    @property
+    def spares_dir(self) -> Path | None:
+        """Where files of kernels are that are nobody's yet: the service's own, which its guardian clears away.
+
+        None where there is no guardian.
+        """
+        return self._guardian.directory if self._guardian is not None else None
 
     async def _start_failed(
         self, kernel: Kernel, failure: BaseException, timeout: float
     ) -> errors.KernelError | None:
         """Clear away what was started. The error to raise; None when ``failure`` itself is to pass."""
         kernel.ending = True
+        tail = await asyncio.to_thread(kernel_log.read_tail, kernel.log_path) if kernel.spare else None
         await self._tasks.finish(self._bury(kernel, now=True))
         if isinstance(failure, errors.NotADSPexKernel) or not isinstance(failure, Exception):
             return None
-        tail = await asyncio.to_thread(kernel_log.read_tail, kernel.log_path)
+        if tail is None:  # else it is gone by now
+            tail = await asyncio.to_thread(kernel_log.read_tail, kernel.log_path)
         if kernel.death is not None:
             why = f"its process {kernel.death}"
         elif isinstance(failure, (TimeoutError, errors.CommandTimeout)):
@@ -584,10 +663,8 @@ class Kernels(LoggingConfigurable):
             self.log.exception("%s: kernel %s could not be ended", kernel.whose, kernel.kernel_id)
         finally:
             self._multi._pending_kernels.pop(kernel.kernel_id, None)
-            self._connection_file(kernel).unlink(missing_ok=True)  # Jupyter leaves it when the launch itself failed
-            link = kernel.link
-            if link is not None and link.is_symlink() and not link.exists():  # else it is the next kernel's already
-                link.unlink()
+            # Jupyter leaves it when the launch itself failed.
+            _remove_files(kernel, Path(self.connection_file(kernel.kernel_id, spare=kernel.spare)))
 
 
 def make_sockets_dir() -> str | None:
@@ -680,6 +757,41 @@ def _make_files(kernel: Kernel) -> IO[bytes]:
             log.close()
             raise
     return log
+
+
+def _rename_files(kernel: Kernel, hidden: Path, log: Path) -> None:
+    """Give a kernel's log and connection file the names that it has for them now."""
+    assert kernel.link is not None
+    try:
+        kernel_log.move_log(log, kernel.log_path)
+        kernel._log_moved = True
+        _move(hidden, Path(kernel.connection_file))
+        _link(kernel.link, kernel.connection_file)
+    finally:
+        for path in (hidden, log):  # where that failed
+            path.unlink(missing_ok=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a file that only its user may read; copied where that is another file system."""
+    try:
+        source.rename(target)
+    except OSError as failure:
+        if failure.errno != errno.EXDEV:
+            raise
+        with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123  # a descriptor
+            file.write(source.read_bytes())
+        source.unlink()
+
+
+def _remove_files(kernel: Kernel, connection_file: Path) -> None:
+    """Remove what a kernel leaves; its log stays with whom it was."""
+    connection_file.unlink(missing_ok=True)
+    if kernel.spare:
+        kernel.log_path.unlink(missing_ok=True)
+    link = kernel.link
+    if link is not None and link.is_symlink() and not link.exists():  # else it is the next kernel's already
+        link.unlink()
 
 
 def _link(link: Path, connection_file: str) -> None:

@@ -6,6 +6,7 @@ import abc
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -28,6 +29,8 @@ from dspex_kernels.sessions.kernels import Kernels
 from dspex_kernels.sessions.model import BackendName, SessionRecord
 from dspex_kernels.sessions.pool import KernelPool
 from dspex_kernels.sessions.pooled import PooledBackend
+from dspex_kernels.sessions.store.sql import SQLStore
+from dspex_kernels.sessions.tenure import Tenure
 from tests.sessions.memory_backend import MemoryBackend, MemoryService
 from tests.waiting import wait_until
 
@@ -65,6 +68,30 @@ class Dedicated(Implementation):
     def lose(self, backend: Any, place: Place, session_id: str) -> None:
         assert place.pid is not None
         os.kill(place.pid, signal.SIGKILL)
+
+
+class DedicatedInSpareKernels(Dedicated):
+    """The first session of each test has a spare kernel, the others have, if there is one by then."""
+
+    @contextlib.asynccontextmanager
+    async def made(self, directory: Path, kernel_name: str = "dspex") -> AsyncIterator[SessionBackend]:
+        kernels = Kernels(kernel_name=kernel_name, policy=LMPolicy())
+        async with SQLStore(f"sqlite:///{directory / 'store.sqlite'}", "one") as store:
+            tenure = Tenure("one", store, directory / "leases", logging.getLogger(), _nobody_else)
+            await tenure.begin()
+            await kernels.start(tenure, directory / "services")
+            try:
+                backend = DedicatedBackend(kernels, spares=1)
+                await backend._spares._fill()
+                (spare,) = backend._spares.kernels
+                yield backend
+                assert not spare.spare, "no session had it"
+            finally:
+                await kernels.stop()
+                await tenure.end()
+
+    def made_that_cannot_start(self, directory: Path) -> contextlib.AbstractAsyncContextManager[SessionBackend]:
+        return Dedicated().made_that_cannot_start(directory)
 
 
 class Pooled(Dedicated):
@@ -145,6 +172,10 @@ class MemoryThatTakesItsTime(Memory):
         return BackendThatTakesItsTime(self.name)
 
 
+async def _nobody_else() -> None:
+    raise AssertionError("no other service is there")
+
+
 async def _turns(count: int) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
@@ -162,12 +193,19 @@ IMPLEMENTATIONS = {
     "memory-pooled": PooledMemory,
     "memory-that-takes-its-time": MemoryThatTakesItsTime,
     "dedicated": Dedicated,
+    "dedicated-in-spare-kernels": DedicatedInSpareKernels,
     "pooled": Pooled,
     "pooled-whose-first-kernels-die": PooledWhoseFirstKernelsDie,
 }
 
 
-@pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.fixture(
+    params=[
+        # With two seconds for each fork server, that is no suite for every run.
+        pytest.param(made, id=name, marks=[pytest.mark.stress] if made is DedicatedInSpareKernels else [])
+        for name, made in IMPLEMENTATIONS.items()
+    ]
+)
 def implementation(request: pytest.FixtureRequest) -> Implementation:
     made: Implementation = request.param()
     return made
@@ -353,7 +391,9 @@ def test_a_start_that_is_cancelled_leaves_nothing(implementation, tmp_path):
                 backend.gate.clear()
             opening = asyncio.create_task(backend.open(told.record("a"), timeout=60))
             runtime = Path(os.environ["JUPYTER_RUNTIME_DIR"])
-            if isinstance(backend, DedicatedBackend):
+            if isinstance(implementation, DedicatedInSpareKernels):
+                await wait_until(lambda: not backend._spares.kernels, what="the kernel to be taken")
+            elif isinstance(backend, DedicatedBackend):
                 await wait_until(lambda: list(runtime.glob("kernel-*.json")), what="the kernel's launch")
             opening.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -32,6 +32,7 @@ class Births:
         """Have all kernels born so; afterwards, that they were is made sure of."""
         patch.setenv(config.ENV_FORK, "0" if birth == "plain" else "1")
         patch.setattr(ForkServerProvisioner, "standby", 2 if birth == "standby" else 0)
+        patch.setattr(SessionService, "spare_kernels", 0)  # they are born beside the test's own
         if birth == "standby":
             self._have_some_stand_by()
         else:

@@ -6,10 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from dspex_kernels.sessions import spares
 from tests.live.births import birth
 from tests.live.kernels import LiveKernel
 
 __all__ = ["birth"]  # a fixture for every test here
+
+
+@pytest.fixture(autouse=True)
+def no_spare_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services start none ahead: in hundreds of tests that takes a minute. They have tests of their own."""
+    monkeypatch.setattr(spares, "QUIET", 3600.0)
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_everything_comes_back_with_the_next_service(make, monkeypatch, lm_serve
 
 def test_kernels_and_what_they_started_end_with_their_service(make):
     async def work() -> None:
-        async with make() as service:
+        async with make(spare_kernels=0) as service:
             session = await service.create_session(session_id="s", lm="offline/echo")
             await session.create_program("qa", "question, hint -> answer")
             os.kill((await service.get_session_info("s")).kernel_pid, signal.SIGKILL)

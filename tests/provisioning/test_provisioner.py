@@ -56,8 +56,11 @@ def parent_of(pid: int) -> int:
 
 
 async def run_cell(client: Any, code: str, output: asyncio.Event | None = None) -> dict[str, Any]:
-    hook = (lambda _: output.set()) if output is not None else (lambda _: None)
-    return dict((await client.execute_interactive(code, timeout=30, output_hook=hook))["content"])
+    def heard(message: dict[str, Any]) -> None:
+        if output is not None and message["msg_type"] == "stream":  # others come before the cell runs
+            output.set()
+
+    return dict((await client.execute_interactive(code, timeout=30, output_hook=heard))["content"])
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,24 @@ def test_a_log_that_has_grown_too_large_is_cut_and_its_kernel_writes_on_at_the_n
     assert before.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("before", [None, b"of the kernel before"])
+def test_a_log_that_is_moved_keeps_the_one_before_and_gives_it_back(tmp_path, before):
+    log, path = tmp_path / "spare.log", tmp_path / "session" / "kernel.log"
+    path.parent.mkdir()
+    if before is not None:
+        path.write_bytes(before)
+    with kernel_log.open_log(log) as file:
+        kernel_log.move_log(log, path)
+        file.write(b"it writes on")
+    assert not log.exists()
+    assert path.read_bytes() == b"it writes on"
+    beside = path.with_name("kernel.log.1")
+    assert (beside.read_bytes() if beside.exists() else None) == before
+    kernel_log.unmove_log(path)
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert not beside.exists()
+
+
 def test_a_log_of_moderate_size_is_left_alone(small, tmp_path):
     path = tmp_path / "kernel.log"
     path.write_bytes(b"x" * 100)

@@ -52,7 +52,7 @@ _NAMES = ", ".join(measurement.name for measurement in MEASUREMENTS)
 
 class BenchApp(Subcommand):
     name = "jupyter-dspex-bench"
-    usage = "bench [--only=NAME,…] [--quick] [--sessions=N] [--markdown] [--json=FILE] [--plots=DIR]"
+    usage = "bench [--only=NAME,…] [--quick] [--awake] [--sessions=N] [--markdown] [--json=FILE] [--plots=DIR]"
     description = (
         "Measure this installation on this machine: sessions against a stock kernel with DSPy, dedicated against "
         "pooled, commands against execute_request and against DSPy in process; each side by side, in turns. Needs "
@@ -68,6 +68,7 @@ class BenchApp(Subcommand):
     flags = BASE_FLAGS | {
         "quick": ({"BenchApp": {"quick": True}}, "A few seconds for each measurement: whether it works."),
         "markdown": ({"BenchApp": {"markdown": True}}, "The tables in Markdown."),
+        "awake": ({"BenchApp": {"awake": True}}, "Keep the processors from halting meanwhile."),
     }
     aliases = BASE_ALIASES | {
         "only": "BenchApp.only",
@@ -79,6 +80,11 @@ class BenchApp(Subcommand):
 
     only = Unicode("", help="Measurements to run, with commas between them; all by default.").tag(config=True)
     quick = Bool(False, help="A few seconds for each measurement: whether it works.").tag(config=True)
+    awake = Bool(
+        False,
+        help="Keep the processors from halting meanwhile (Linux): to wake one takes long on a virtual machine, and "
+        "is measured else.",
+    ).tag(config=True)
     sessions = Integer(0, min=0, help="Sessions that live at once; 0 is 100, or 2 with --quick.").tag(config=True)
     rounds = Integer(0, min=0, help="Turns that those compared take; 0 is 5, or 1 with --quick.").tag(config=True)
     markdown = Bool(False, help="The tables in Markdown.").tag(config=True)
@@ -98,8 +104,9 @@ class BenchApp(Subcommand):
             bench = Bench(Path(directory), self._scale(), self.config, tell, done.notes)
             if not machine.has_fork_server():
                 bench.note("There is no fork server in this installation: forked and standby are plain starts.")
-            for measurement in chosen:
-                done.measured.append(await _measure(measurement, bench))
+            with machine.awake() if self.awake else contextlib.nullcontext():
+                for measurement in chosen:
+                    done.measured.append(await _measure(measurement, bench))
         await asyncio.to_thread(self._publish, done)
         failed = [one for one in done.measured if one.failure]
         return 0 if not failed else EXIT_FAILED if len(failed) == len(chosen) else EXIT_SOME_FAILED
@@ -116,7 +123,7 @@ class BenchApp(Subcommand):
 
     def _command(self) -> str:
         options = {"only": self.only, "sessions": self.sessions, "rounds": self.rounds}
-        words = ["--quick"] if self.quick else []
+        words = [f"--{name}" for name in ("quick", "awake") if getattr(self, name)]
         words += [f"--{name}={value}" for name, value in options.items() if value]
         return shlex.join(["dspex-kernels", "bench", *words])
 

@@ -38,7 +38,7 @@ class Way:
     Attributes:
         name: As the tables call it.
         forks: Whether the fork server may be used.
-        standby: Kernels that wait.
+        standby: Kernels that wait: as many forked ones, and as many that are started.
     """
 
     name: str
@@ -47,7 +47,8 @@ class Way:
 
     def settings(self) -> Config:
         """What makes kernels start this way, in any application."""
-        return Config({"ForkServerProvisioner": {"enabled": self.forks, "standby": self.standby}})
+        forking = {"enabled": self.forks, "standby": self.standby}
+        return Config({"ForkServerProvisioner": forking, "SessionService": {"spare_kernels": self.standby}})
 
 
 PLAIN = Way("plain", forks=False)

@@ -39,6 +39,7 @@ AT_ONCE: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "interrupt": control.interrupt,
         "ping": control.ping,
         "open_session": sessions.open_session,
+        "adopt_session": sessions.adopt_session,
         "collect_spent": sessions.collect_spent,
     }
 )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from dspex_kernels.kernel.calls import Call
 from dspex_kernels.kernel.namespaces import Namespace
 from dspex_kernels.protocol.commands import (
+    AdoptSessionArgs,
+    AdoptSessionResult,
     CloseSessionResult,
     CollectSpentResult,
     NoArgs,
@@ -22,6 +24,14 @@ def open_session(dispatcher: Dispatcher, _namespace: Namespace | None, args: Ope
     """Make a session's namespace from what the store holds; programs are built when they are used."""
     dispatcher.open(args)
     return OpenSessionResult()
+
+
+def adopt_session(
+    dispatcher: Dispatcher, _namespace: Namespace | None, args: AdoptSessionArgs
+) -> AdoptSessionResult:
+    """Make this spare kernel a session's own, with what its journal holds."""
+    dispatcher.adopt(args)
+    return AdoptSessionResult()
 
 
 async def close_session(dispatcher: Dispatcher, call: Call, _args: NoArgs) -> CloseSessionResult:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from dspex_kernels import errors
 from dspex_kernels.protocol.records import Change
@@ -60,12 +61,13 @@ class SQLStore(SQLLibrary, SessionStore):
         programs = rows.program_rows(record)
 
         def insert(connection: sa.Connection) -> None:
-            if rows.exists(connection, record.session_id):
+            try:
+                connection.execute(SESSIONS.insert(), row)
+            except IntegrityError:
                 raise errors.SessionExists(
                     f"session {record.session_id!r} exists: choose another id, or get_session()",
                     details={"session_id": record.session_id},
-                )
-            connection.execute(SESSIONS.insert(), row)
+                ) from None  # it would carry the row
             if programs:
                 connection.execute(PROGRAMS.insert(), programs)
 

@@ -1,9 +1,9 @@
 """The store's thread: reads one after the other, waiting writes together in one transaction.
 
 A commit waits for the disk (an fsync), whatever it carries. So a write takes along those that came in behind it
-while the thread was busy: alone it costs one commit, and two hundred at once cost one as well. Each runs in a
-savepoint of its own, so one that fails is undone alone; nobody is told before the commit. What ends the whole
-transaction (a full disk, a lost connection, a commit that fails) is told to all that were in it.
+while the thread was busy: alone it costs one commit, and two hundred at once cost one as well. Of several, each
+runs in a savepoint of its own, so one that fails is undone alone; nobody is told before the commit. What ends the
+whole transaction (a full disk, a lost connection, a commit that fails) is told to all that were in it.
 """
 
 from __future__ import annotations
@@ -170,7 +170,10 @@ class Turns:
                 while group and (not begun or time.monotonic() < late):
                     if _begin(write := group.popleft()):
                         begun.append(write)
-                        _run_in_savepoint(connection, write)
+                        if len(begun) == 1 and not group:  # alone: the transaction is its savepoint
+                            write.outcome = write.work(connection)
+                        else:
+                            _run_in_savepoint(connection, write)
         except Exception as failure:  # noqa: BLE001  # of whatever kind, it is what each of them is told
             if not begun:  # there was no transaction: they have all waited for it
                 begun = [write for write in group if _begin(write)]
