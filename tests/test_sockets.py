@@ -302,15 +302,20 @@ def test_who_listens_is_closed_from_any_thread_and_more_than_once(kind, by):
     run(work())
 
 
+async def hear(kind: Any, peer: Any, senders: list[Callable[[list[bytes]], Any]]) -> None:
+    """Listen until the peer has said hello; what sends to it is put down."""
+    kind.listen(lambda _, send: senders.append(send))
+    peer.send(b"hello")
+    await wait_until(lambda: senders, what="the hello")
+
+
 @pytest.mark.parametrize("answers", [[b"the last answer", b"and one more"], [LARGE]], ids=["small", "large"])
 def test_what_is_sent_when_the_loop_has_ended_still_leaves_though_more_has_come(kind, answers):
     senders: list[Callable[[list[bytes]], Any]] = []
     peer = kind.peer()
 
     async def work() -> None:
-        kind.listen(lambda _, send: senders.append(send))
-        peer.send(b"hello")
-        await wait_until(lambda: senders, what="the hello")
+        await hear(kind, peer, senders)
 
     run(work())
     peer.send(b"nobody reads this any more")
@@ -328,9 +333,7 @@ def test_what_was_not_yet_sent_when_the_loop_ended_leaves_while_another_thread_c
     peer = kind.peer()
 
     async def work() -> None:
-        kind.listen(lambda _, send: senders.append(send))
-        peer.send(b"hello")
-        await wait_until(lambda: senders, what="the hello")
+        await hear(kind, peer, senders)
         for frames in ([LARGE], [b"after", LARGE], [b"the last"]):
             assert senders[0](frames)
 

@@ -131,7 +131,7 @@ class DSPexKernelApp(IPKernelApp):
         """As stock, without what only notebooks expect: a profile, its configuration, a poller, a debugger."""
         self.parse_command_line(argv)
         if os.path.isabs(self.connection_file):  # noqa: PTH117  # else Jupyter's own is looked for: 0.4 ms
-            self.connection_dir = os.path.dirname(self.connection_file)  # noqa: PTH120
+            self.connection_dir = os.path.dirname(self.connection_file)  # noqa: PTH120  # a text too
         self.init_connection_file()
         self.init_sockets()
         if self.bound is not None:

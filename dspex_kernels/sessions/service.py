@@ -115,7 +115,7 @@ class SessionService(LoggingConfigurable):
         2,
         min=0,
         help="Kernels that are started ahead once a dedicated session had one, so that the next has its own at "
-        "once; 16 MiB each. Only with lean_kernels.",
+        "once; 16 MiB each. Only with lean_kernels, and where kernels are forked.",
     ).tag(config=True)
     cull_idle_timeout = Float(
         3600.0, min=0, help="Seconds after its last use until a session is hibernated; 0 is never."

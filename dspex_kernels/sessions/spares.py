@@ -146,7 +146,7 @@ class Spares:
         if self._filling is not None:
             self._filling.cancel()
         there, self._there = list(self._there), deque()
-        await asyncio.gather(*(self._end(kernel) for kernel in there))
+        await asyncio.gather(*(self._kernels.take_back(kernel) for kernel in there))
         if running := self._tasks.running:
             await asyncio.wait(running)
 
@@ -157,7 +157,7 @@ class Spares:
                 continue
             if self._kernels.is_current(kernel, self._env):
                 return kernel
-            self._tasks.spawn(self._end(kernel))
+            self._tasks.spawn(self._kernels.take_back(kernel))
         return None
 
     async def _fill(self) -> None:
@@ -188,6 +188,3 @@ class Spares:
     def _died(self, kernel: Kernel, _: str) -> None:
         if kernel in self._there:
             self._there.remove(kernel)
-
-    async def _end(self, kernel: Kernel) -> None:
-        await self._kernels.end(kernel, errors.ServiceClosed("this kernel was nobody's"), now=True)
