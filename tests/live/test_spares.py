@@ -264,7 +264,10 @@ def test_a_creation_that_is_given_up_while_files_are_renamed_harms_no_other(
                     creating = asyncio.create_task(service.create_session(session_id="mine"))
                     await asyncio.to_thread(asked.wait, 30)
                 creating.cancel()
-                asyncio.get_running_loop().call_later(0.1, go_on.set)
+                for _ in range(50):
+                    await asyncio.sleep(0)
+                assert not creating.done(), "another could have the session while its files are renamed"
+                go_on.set()
                 with pytest.raises(asyncio.CancelledError):
                     await creating
                 await is_gone(kernel)
